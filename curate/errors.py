@@ -1,0 +1,62 @@
+"""The errors a user can meet, and the exit status of each.
+
+    CliptailorError           1   (base; never raised itself)
+    ├── ConfigError           2   a key, value or file named in the configuration or on the command line
+    ├── InputError            2   a list, image folder or dataset that cannot be read as what it should be
+    ├── ModelError            2   a CLIP that cannot be found or loaded, or does not fit what is asked of it
+    ├── UnwantedResult        3   the run ended, but not with what was asked for: nothing kept, an outage
+    └── Busy                 75   another run holds this folder
+
+A message is one or two lines: which file, key or row; what was expected; what to do.
+Anything else that escapes is a bug and keeps its traceback (exit status 1); Ctrl-C exits 130.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CliptailorError(Exception):
+    """Base of all errors that are shown to the user without a traceback."""
+
+    exit_status = 1
+
+
+class ConfigError(CliptailorError):
+    """A key, value or file named by the user is not what it must be."""
+
+    exit_status = 2
+
+
+class InputError(CliptailorError):
+    """An input file or folder cannot be read as what it should be."""
+
+    exit_status = 2
+
+
+class ModelError(CliptailorError):
+    """A CLIP cannot be found, loaded or used as asked."""
+
+    exit_status = 2
+
+
+class UnwantedResult(CliptailorError):
+    """The run ended, but the result is not what was asked for."""
+
+    exit_status = 3
+
+
+class Busy(CliptailorError):
+    """Another process is at work in the same folder."""
+
+    exit_status = 75
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the nearest known word, or the list of what there is."""
+    known = sorted(set(known))
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if near:
+        return f" Did you mean '{near[0]}'?"
+    return f" Known: {', '.join(known)}." if known else ""

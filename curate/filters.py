@@ -1,0 +1,178 @@
+"""The filter list of a configuration, read into typed steps. What the steps do is in `curate.select`.
+
+filters:
+  - {name: caption_length, where: "caption_words BETWEEN 3 AND 60"}
+  - {name: exact,          dedup: {by: sha256}}
+  - {name: near,           dedup: {by: phash, distance: 6, keep: "width * height DESC"}}
+  - {name: leak,           decontaminate: {against: my_test_images/, distance: 6, similarity: 0.95}}
+  - {name: on_topic,       relevance: {prompts: ["a satellite photo of {}"], images: examples/, keep: 0.4}}
+  - {name: aligned,        top: {by: clip_score, fraction: 0.3}}
+  - {name: small,          sample: {count: 100000}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from curate.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """Keep the rows for which a DuckDB expression over the columns is true; `where: EXPRESSION` in the file."""
+
+    name: str
+    expression: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dedup:
+    """Keep one row of each group of duplicates.
+
+    by: `sha256` or any column (equal values), or `phash` (Hamming distance up to `distance` of 64 bits).
+    keep: an ORDER BY; the first row of it stays. Ties go to the smaller key.
+    """
+
+    name: str
+    by: str = "sha256"
+    distance: int = 0
+    keep: str = "width * height DESC"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decontaminate:
+    """Drop rows whose image is (sha256, phash up to `distance`) or nearly is (CLIP cosine from `similarity`) one of a test set's.
+
+    against: image folders, files or datasets. similarity: null leaves embeddings out.
+    """
+
+    name: str
+    against: list[str]
+    distance: int = 4
+    similarity: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relevance:
+    """Keep the rows whose image is nearest the prompts and example images.
+
+    score = greatest cosine to the positives (prompt embeddings, and the mean of the examples' embeddings) minus the mean cosine to `against`.
+    keep: share of the rows that are still there to keep; threshold: least score; exactly one of the two.
+    """
+
+    name: str
+    prompts: list[str] = field(default_factory=list)
+    images: str | None = None
+    against: list[str] = field(default_factory=lambda: ["a photo.", "a picture of something.", "text."])
+    keep: float | None = None
+    threshold: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Top:
+    """Keep the best rows by a column or expression: `fraction` of those still there, or `count` of them."""
+
+    name: str
+    by: str
+    fraction: float | None = None
+    count: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Keep a seeded random `fraction`, or `count`, of the rows still there."""
+
+    name: str
+    fraction: float | None = None
+    count: int | None = None
+
+
+Step = Where | Dedup | Decontaminate | Relevance | Top | Sample
+KINDS: dict[str, type[Step]] = {
+    "where": Where,
+    "dedup": Dedup,
+    "decontaminate": Decontaminate,
+    "relevance": Relevance,
+    "top": Top,
+    "sample": Sample,
+}
+
+
+def parse_steps(filters: Sequence[dict[str, Any]]) -> list[Step]:
+    """Read the filter list.
+
+    Raises:
+        ConfigError: names the step, the key, and what was expected.
+    """
+    steps = [_parse_step(number, dict(entry)) for number, entry in enumerate(filters, start=1)]
+    names = [step.name for step in steps]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"filters: two steps are named '{twice[0]}'; the ledger tells them apart by name")
+    return steps
+
+
+def _parse_step(number: int, entry: dict[str, Any]) -> Step:
+    where = f"filters[{number}]"
+    name = entry.pop("name", None)
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{where}: needs a name, such as 'name: caption_length'")
+    where = f"{where} '{name}'"
+    if len(entry) != 1:
+        raise ConfigError(f"{where}: expected exactly one of {', '.join(KINDS)}, got {', '.join(entry) or 'nothing'}")
+    kind, value = entry.popitem()
+    if kind not in KINDS:
+        raise ConfigError(f"{where}: '{kind}' is not a kind of filter.{did_you_mean(kind, KINDS)}")
+    if kind == "where":
+        if not isinstance(value, str) or not value.strip():
+            raise ConfigError(f'{where}: where needs an expression, such as "width >= 200"')
+        return Where(name=name, expression=value)
+    return _parse_operator(where, name, kind, value)
+
+
+def _parse_operator(where: str, name: str, kind: str, value: Any) -> Step:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: {kind} needs keys, such as {{{', '.join(_keys(kind))}}}")
+    if unknown := [key for key in value if key not in _keys(kind)]:
+        raise ConfigError(f"{where}: {kind} has no key '{unknown[0]}'.{did_you_mean(unknown[0], _keys(kind))}")
+    for key in ("against", "prompts"):
+        if isinstance(value.get(key), str):
+            value = {**value, key: [value[key]]}
+    required = [
+        f.name
+        for f in fields(KINDS[kind])
+        if f.default is MISSING and f.default_factory is MISSING and f.name != "name"
+    ]
+    if absent := [key for key in required if key not in value]:
+        raise ConfigError(f"{where}: {kind} needs the key '{absent[0]}'")
+    step = KINDS[kind](name=name, **value)
+    _check(where, step)
+    return step
+
+
+def _keys(kind: str) -> list[str]:
+    return [f.name for f in fields(KINDS[kind]) if f.name != "name"]
+
+
+def _check(where: str, step: Step) -> None:
+    if isinstance(step, Top | Sample):
+        _one_of(where, {"fraction": step.fraction, "count": step.count})
+    if isinstance(step, Relevance):
+        _one_of(where, {"keep": step.keep, "threshold": step.threshold})
+        if not step.prompts and not step.images:
+            raise ConfigError(f"{where}: relevance needs prompts, or images: a folder of examples, or both")
+    for key in ("fraction", "keep"):
+        share = getattr(step, key, None)
+        if isinstance(share, int | float) and not 0 < share <= 1:
+            raise ConfigError(f"{where}: {key} expected a share above 0 and up to 1, got {share}")
+    distance = getattr(step, "distance", 0)
+    if not isinstance(distance, int) or not 0 <= distance <= 64:
+        raise ConfigError(f"{where}: distance expected 0 to 64 bits, got {distance}")
+    if isinstance(step, Dedup) and step.distance and step.by != "phash":
+        raise ConfigError(f"{where}: distance goes with 'by: phash'; equal values of {step.by} have none")
+
+
+def _one_of(where: str, choices: dict[str, Any]) -> None:
+    if sum(value is not None for value in choices.values()) != 1:
+        raise ConfigError(f"{where}: needs exactly one of {' and '.join(choices)}")

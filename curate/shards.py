@@ -1,0 +1,412 @@
+"""The dataset format: names, columns, tar members and their offsets, fingerprints, writing and reading.
+
+A shard is `STEM.tar` beside `STEM.parquet`. The tar is what webdataset and open_clip read: for each sample the
+members `KEY.jpg` (or .png, .webp, .gif: the image's own bytes), `KEY.txt` (the caption, UTF-8) and `KEY.json` (the facts), adjacent,
+in USTAR with no clock, owner or mode of this machine in it. The Parquet has one row per sample, the columns that img2dataset
+gives them (`key, url, caption, status, error_message, width, height, original_width, original_height, sha256, …`) and, for each member, where its bytes
+lie in the tar, so that any sample is one `pread`.
+
+Every file is written under a temporary name in its own folder, fsynced and renamed; the Parquet comes last, so a shard is complete
+when its Parquet is there. Each Parquet of ours carries two words in its metadata: `cliptailor.fingerprint`, of everything it was made from, and
+`cliptailor.digest`, of what is in it. A stage reruns exactly those files whose fingerprint is no longer what it would be today.
+
+This module needs no torch, network or database.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from curate.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SPLITS = ("train", "val", "test", "retain")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif")
+OFFSET_COLUMNS = (
+    "image_ext",
+    "image_offset",
+    "image_size",
+    "caption_offset",
+    "caption_size",
+    "json_offset",
+    "json_size",
+)
+FINGERPRINT = b"cliptailor.fingerprint"
+DIGEST = b"cliptailor.digest"
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def shard_name(index: int, split: str | None = None) -> str:
+    """`00042`, or `train-00042` for a packed shard."""
+    return f"{split}-{index:05d}" if split else f"{index:05d}"
+
+
+# --- writing files so that a kill at any moment leaves none half-written ---------------------------------------------
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary path in the folder of `path`; on success fsync it, rename it to `path`, fsync the folder.
+
+    On an error the temporary file is removed and `path` stays as it was. A kill leaves at most a `.NAME.PID.tmp`, which
+    `sweep` removes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files that a killed run left in `folder`. Call it only while holding the folder's lock."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, UTF-8."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+# --- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hex digits of a sha256 over the parts as canonical JSON; equal parts, equal fingerprint, on any machine."""
+    canonical = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def write_parquet(table: pa.Table, path: Path, *, made_from: str) -> None:
+    """Write a table atomically, zstd with page checksums, `made_from` as its fingerprint and a digest of its content.
+
+    The same table gives the same bytes.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    content = hashlib.sha256()
+    # A table may be a slice of larger buffers: its IPC form holds just its rows.
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as stream:
+        stream.write_table(table.combine_chunks())
+    content.update(sink.getvalue())
+    metadata = {FINGERPRINT: made_from.encode(), DIGEST: content.hexdigest()[:16].encode()}
+    with atomic(path) as temporary:
+        pq.write_table(
+            table.replace_schema_metadata(metadata),
+            temporary,
+            compression="zstd",
+            write_page_checksum=True,
+        )
+
+
+def _parquet_metadata(path: Path) -> Mapping[bytes, bytes]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_schema(path).metadata or {}
+    except FileNotFoundError:
+        return {}
+    except (pa.ArrowInvalid, OSError):
+        return {}
+
+
+def made_from(path: Path) -> str | None:
+    """The fingerprint a Parquet file of ours was written with; None if it is absent, broken or not ours."""
+    value = _parquet_metadata(path).get(FINGERPRINT)
+    return value.decode() if value else None
+
+
+def digest(path: Path) -> str:
+    """What identifies the content of a Parquet file: our own digest, or for a foreign file the sha256 of its bytes."""
+    value = _parquet_metadata(path).get(DIGEST)
+    return value.decode() if value else file_sha256(path)
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hex."""
+    content = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            content.update(block)
+    return content.hexdigest()
+
+
+# --- writing a shard -------------------------------------------------------------------------------------------------
+
+
+def _member(name: str, size: int) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    info.mode = 0o644
+    return info  # mtime, uid, gid stay 0: the same samples give the same bytes
+
+
+class ShardWriter:
+    """Writes one shard: `add` each sample, then leave the `with` block; nothing is visible before that.
+
+    Args:
+        stem: path of the shard without extension.
+        schema: Arrow schema of the facts in each row, without the offset columns, which are appended.
+        made_from: fingerprint of everything the shard is made from.
+    """
+
+    def __init__(self, stem: Path, schema: pa.Schema, *, made_from: str) -> None:
+        import pyarrow as pa
+
+        self.stem = stem
+        self.made_from = made_from
+        types = {"image_ext": pa.string()}
+        self.schema = schema
+        for name in OFFSET_COLUMNS:
+            self.schema = self.schema.append(pa.field(name, types.get(name, pa.int64())))
+        self._rows: list[dict[str, Any]] = []
+
+    def __enter__(self) -> ShardWriter:
+        self._atomic = atomic(self.stem.with_suffix(".tar"))
+        self._file: BinaryIO = self._atomic.__enter__().open("wb")
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed in __exit__
+        return self
+
+    def add(self, row: Mapping[str, Any], image: bytes | None = None, image_ext: str = "jpg") -> None:
+        """Add a sample; without an image the row is in the Parquet alone (a candidate that could not be fetched).
+
+        Args:
+            row: the facts; needs `key` (no dot in it) and `caption`.
+            image: encoded image.
+            image_ext: one of IMAGE_EXTENSIONS.
+        """
+        places: dict[str, Any] = dict.fromkeys(OFFSET_COLUMNS)
+        if image is not None:
+            facts = {name: value for name, value in row.items() if not isinstance(value, bytes)}
+            members = {
+                "image": (image_ext, image),
+                "caption": ("txt", (row["caption"] or "").encode("utf-8", "surrogatepass")),
+                "json": (
+                    "json",
+                    json.dumps(facts, ensure_ascii=False, default=str, sort_keys=True).encode("utf-8", "surrogatepass"),
+                ),
+            }
+            places["image_ext"] = image_ext
+            for what, (extension, content) in members.items():
+                places[f"{what}_offset"], places[f"{what}_size"] = (
+                    self._write(f"{row['key']}.{extension}", content),
+                    len(content),
+                )
+        self._rows.append({**row, **places})
+
+    def _write(self, name: str, content: bytes) -> int:
+        self._tar.addfile(_member(name, len(content)), io.BytesIO(content))
+        blocks = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        return self._file.tell() - blocks
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        import pyarrow as pa
+
+        self._tar.close()
+        self._file.close()
+        self._atomic.__exit__(kind, error, trace)
+        if error is None:
+            table = pa.Table.from_pylist(self._rows, schema=self.schema)
+            write_parquet(table, self.stem.with_suffix(".parquet"), made_from=self.made_from)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def shards_of(folder: Path, split: str | None = None) -> list[Path]:
+    """Stems of the complete shards in a folder, sorted: of one split of a packed dataset, or all."""
+    pattern = f"{split}-*.parquet" if split else "*.parquet"
+    return [path.with_suffix("") for path in sorted(folder.glob(pattern)) if path.with_suffix(".tar").exists()]
+
+
+def shard_folder(path: Path) -> Path:
+    """Where the shards of a dataset lie: `path/shards` for a folder that `curate build` made, else `path` itself."""
+    return path / "shards" if (path / "shards").is_dir() else path
+
+
+@dataclass(frozen=True, slots=True)
+class SampleIndex:
+    """Where every sample of a dataset lies: one row per sample, in the order of the shards.
+
+    Attributes:
+        tars: paths of the tar files.
+        table: `tar` (index into tars), `key`, `caption`, `image_offset`, `image_size`, and the columns asked for.
+    """
+
+    tars: list[Path]
+    table: pa.Table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+
+def read_index(dataset: Path, split: str | None = None, columns: Sequence[str] = ()) -> SampleIndex:
+    """Index the samples of one split of our dataset, or of any folder of img2dataset/webdataset shards.
+
+    A shard whose Parquet lacks our offset columns (img2dataset's) gets them from one pass over the tar's headers.
+
+    Args:
+        dataset: the folder; `dataset/shards` is taken where it is there.
+        split: train, val, test or retain; a folder without split names has only `train`.
+        columns: further Parquet columns to carry.
+
+    Raises:
+        InputError: no shard, a column that is not there, or a tar that ends early.
+    """
+    import pyarrow as pa
+
+    folder = shard_folder(dataset)
+    stems = shards_of(folder, split)
+    if not stems and not any(shards_of(folder, name) for name in SPLITS) and split in (None, "train"):
+        stems = shards_of(folder)
+    if not stems:
+        what = f"no {split} shard" if split else "no shard"
+        raise InputError(
+            f"{folder}: {what} (STEM.tar with STEM.parquet); give a folder made by curate build or img2dataset"
+        )
+    tables = []
+    for number, stem in enumerate(stems):
+        table = _read_shard_index(stem, columns)
+        tables.append(table.append_column("tar", pa.array([number] * table.num_rows, pa.int32())))
+    return SampleIndex(
+        [stem.with_suffix(".tar") for stem in stems], pa.concat_tables(tables, promote_options="permissive")
+    )
+
+
+def _read_shard_index(stem: Path, columns: Sequence[str]) -> pa.Table:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    parquet = stem.with_suffix(".parquet")
+    there = pq.read_schema(parquet).names
+    wanted = ["key", "caption", "image_offset", "image_size", *columns]
+    missing = [name for name in wanted if name not in there]
+    if "image_offset" in missing:
+        return _index_foreign_tar(stem, [name for name in wanted if name not in ("image_offset", "image_size")])
+    if missing:
+        raise InputError(f"{parquet}: no column '{missing[0]}'.{did_you_mean(missing[0], there)}")
+    table = pq.read_table(parquet, columns=list(dict.fromkeys(wanted)), page_checksum_verification=True)
+    table = table.filter(pc.is_valid(table["image_offset"]))
+    _check_tar_is_whole(stem.with_suffix(".tar"), table)
+    return table
+
+
+def _check_tar_is_whole(tar: Path, table: pa.Table) -> None:
+    import pyarrow.compute as pc
+
+    if table.num_rows:
+        end = pc.max(pc.add(table["image_offset"], table["image_size"])).as_py()
+        if tar.stat().st_size < end:
+            raise InputError(
+                f"{tar}: {tar.stat().st_size:,} bytes, but its samples reach to {end:,}: the copy is cut short; copy or build it again"
+            )
+
+
+def _index_foreign_tar(stem: Path, wanted: Sequence[str]) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    parquet = stem.with_suffix(".parquet")
+    there = pq.read_schema(parquet).names
+    if absent := [name for name in wanted if name not in there]:
+        raise InputError(f"{parquet}: no column '{absent[0]}'.{did_you_mean(absent[0], there)}")
+    places = {key: place for key, place in tar_images(stem.with_suffix(".tar"))}
+    table = pq.read_table(parquet, columns=list(dict.fromkeys(wanted)))
+    keys = table["key"].cast(pa.string()).to_pylist()
+    table = table.set_column(table.schema.get_field_index("key"), "key", pa.array(keys, pa.string()))
+    found = [places.get(key) for key in keys]
+    table = table.append_column("image_offset", pa.array([place and place[0] for place in found], pa.int64()))
+    table = table.append_column("image_size", pa.array([place and place[1] for place in found], pa.int64()))
+    return table.filter(pc.is_valid(table["image_offset"]))
+
+
+def tar_images(tar: Path) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(key, (offset, size)) of each image member of any uncompressed tar, from its headers alone.
+
+    Raises:
+        InputError: not an uncompressed tar.
+    """
+    try:
+        with tarfile.open(tar, "r:") as members:
+            for member in members:
+                key, _, extension = member.name.partition(".")
+                if member.isreg() and extension.lower() in IMAGE_EXTENSIONS:
+                    yield key, (member.offset_data, member.size)
+    except tarfile.ReadError as error:
+        raise InputError(f"{tar}: not an uncompressed tar ({error}); gunzip it first if it is compressed") from error
+
+
+@dataclass(slots=True)
+class MemberReader:
+    """Reads members by offset with `pread`; opens each tar once per process and is safe to pickle or fork."""
+
+    tars: list[Path]
+    _open: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def __getstate__(self) -> tuple[list[Path]]:
+        return (self.tars,)
+
+    def __setstate__(self, state: tuple[list[Path]]) -> None:
+        self.tars, self._open = state[0], {}
+
+    def read(self, tar: int, offset: int, size: int) -> bytes:
+        """`size` bytes at `offset` of tar number `tar`.
+
+        Raises:
+            InputError: the file ends before that.
+        """
+        handle = self._open.get((os.getpid(), tar))
+        if handle is None:
+            handle = self._open[os.getpid(), tar] = os.open(self.tars[tar], os.O_RDONLY)
+        content = os.pread(handle, size, offset)
+        if len(content) != size:
+            raise InputError(
+                f"{self.tars[tar]}: ends at {offset + len(content):,}, before the sample at {offset:,}–{offset + size:,}; copy or build it again"
+            )
+        return content
+
+    def close(self) -> None:
+        """Close the tars this process opened."""
+        for (pid, _), handle in self._open.items():
+            if pid == os.getpid():
+                os.close(handle)
+        self._open.clear()
+
+
+def iter_images(index: SampleIndex) -> Iterable[tuple[str, str, bytes]]:
+    """(key, caption, image bytes) of every sample, in order."""
+    reader = MemberReader(index.tars)
+    try:
+        columns = (index.table[name].to_pylist() for name in ("key", "caption", "tar", "image_offset", "image_size"))
+        for key, caption, tar, offset, size in zip(*columns, strict=True):
+            yield key, caption or "", reader.read(tar, offset, size)
+    finally:
+        reader.close()

@@ -1,0 +1,193 @@
+"""What a user can set for `finetune`: frozen dataclasses, checked when made, in the shape Lightning users know: trainer, model, data.
+
+No heavy import here: help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from curate.errors import ConfigError
+
+PROJECTIONS = ("q", "k", "v", "out", "fc", "proj", "conv", "pool")
+Precision = Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Handed to `lightning.Trainer` as it is; the same names, the same meaning."""
+
+    accelerator: str = "auto"
+    """auto takes the best there is: cuda, mps, cpu."""
+    devices: int | str | list[int] = "auto"
+    """How many devices, or which."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: str = "auto"
+    """auto, ddp, fsdp, …"""
+    precision: Precision = "32-true"
+    """bf16-mixed for a recent GPU, 16-mixed for an older one."""
+    max_epochs: int | None = None
+    """Passes over the training samples; the run ends at max_epochs or max_steps, whichever comes first."""
+    max_steps: int = -1
+    """Optimiser steps; -1 for no limit."""
+    val_check_interval: int | float | None = None
+    """Evaluate every so many steps (int) or shares of an epoch (float)."""
+    check_val_every_n_epoch: int | None = 1
+    """Evaluate after every so many epochs."""
+    gradient_clip_val: float | None = 1.0
+    """Largest gradient norm."""
+    log_every_n_steps: int = 10
+    """Log every so many steps."""
+    deterministic: bool | None = None
+    """Only deterministic algorithms."""
+    enable_progress_bar: bool = True
+    """Show progress where there is a terminal."""
+
+    def __post_init__(self) -> None:
+        if (self.max_epochs or 0) < 1 and self.max_steps < 1:
+            raise ConfigError("trainer: needs max_epochs or max_steps of at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """The CLIP to start from."""
+
+    name: str = "ViT-B-32"
+    """open_clip architecture, OpenAI's name (ViT-B/32), local-dir:FOLDER, hf-hub:ID, or the path of an open_clip model configuration (.json)."""
+    pretrained: str | None = "openai"
+    """open_clip tag, path of a weights file, or null: random weights (training from scratch)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What is trained."""
+
+    kind: Literal["full", "lora"] = "lora"
+    """full: all weights of the towers that are not locked. lora: low-rank updates to them (peft)."""
+    rank: int = 16
+    """Rank of the LoRA update."""
+    alpha: float = 32.0
+    """Scale of the LoRA update: (alpha / rank) · B·A."""
+    dropout: float = 0.0
+    """Dropout on the LoRA path's input."""
+    targets: list[str] = field(default_factory=lambda: ["q", "k", "v", "out", "fc", "proj"])
+    """Which projections get LoRA: q, k, v, out of the attention, fc and proj of the MLP; conv (and the downsampling) and pool (attention pool) of a ResNet."""
+    lock: list[Literal["image", "text"]] = field(default_factory=list)
+    """Towers that stay as they are (LiT: [image]): in eval mode, without gradient."""
+    train_logit_scale: bool = True
+    """Train the temperature too."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"model.adapter.rank: expected at least 1, got {self.rank}")
+        if unknown := [target for target in self.targets if target not in PROJECTIONS]:
+            raise ConfigError(f"model.adapter.targets: '{unknown[0]}' is none of {', '.join(PROJECTIONS)}")
+        if set(self.lock) == {"image", "text"}:
+            raise ConfigError("model.adapter.lock: with both towers locked nothing is trained")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The paper's symmetric cross-entropy over the batch."""
+
+    multi_positive: bool = True
+    """Samples of one batch with equal captions (or one duplicate group) are positives of each other, not negatives."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over the batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: float = 1e-4
+    """Peak learning rate: about 1e-4 for LoRA, 1e-5 for full."""
+    min_lr: float = 0.0
+    """Learning rate at the end."""
+    warmup: float = 0.05
+    """Share of all steps with rising learning rate."""
+    weight_decay: float = 0.1
+    """For matrices; none for biases, norms, embeddings and logit_scale."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ConfigError(f"model.optimizer.lr: expected above 0, got {self.lr}")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"model.optimizer.warmup: expected a share of all steps, 0 to 1, got {self.warmup}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained and evaluated on."""
+
+    dataset: Path = Path("dataset")
+    """Folder that `curate build` (or img2dataset) made."""
+    batch_size: int = 256
+    """Pairs a step and device; with several devices the contrastive batch is all of theirs together."""
+    eval_batch_size: int = 256
+    """Pairs encoded at once in evaluation."""
+    num_workers: int = 4
+    """Processes that decode images; 0 decodes in the training process."""
+    replay: float = 0.0
+    """Share of each batch drawn from the dataset's retain split (or replay_dataset), against forgetting."""
+    replay_dataset: Path | None = None
+    """Take the replayed samples from this dataset's train split instead of the retain split."""
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    """Random resized crop in training: share of the image's area. [1, 1] is no augmentation."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 2:
+            raise ConfigError(f"data.batch_size: a contrastive batch needs at least 2 pairs, got {self.batch_size}")
+        if not 0 <= self.replay < 1:
+            raise ConfigError(f"data.replay: expected a share of the batch, 0 to below 1, got {self.replay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotConfig:
+    """A zero-shot classification of a labelled folder: one sub-folder a class, named after it."""
+
+    images: Path
+    """Folder of class folders, or a folder of images with a labels.csv (columns image,label)."""
+    templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])
+    """Prompt templates; a class's embedding is the normalised mean of its normalised prompt embeddings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measured before and after training, and at each validation."""
+
+    zero_shot: dict[str, ZeroShotConfig] = field(default_factory=dict)
+    """Named zero-shot classification sets."""
+    retrieval: dict[str, Path] = field(default_factory=dict)
+    """Named further datasets for image–caption retrieval; the val and retain splits of the training dataset are always there, as `val` and `retain`."""
+    max_retrieval: int = 5_000
+    """Most pairs of a retrieval set; a seeded sample of a larger one."""
+    monitor: str | None = None
+    """Metric that picks the best checkpoint, such as zero_shot/digits/top1; null: val/image_to_text/recall@1, or the last step if there is no val split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """Everything `finetune fit` needs."""
+
+    out: Path = Path("runs/domain")
+    """Folder of the run. The same command again continues it."""
+    seed_everything: int = 0
+    """Seed of all randomness."""
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=10))
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
