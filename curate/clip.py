@@ -63,7 +63,11 @@ class Clip:
         return next(self.model.parameters()).device
 
     def embed_images(self, images: Sequence[Image.Image] | torch.Tensor) -> torch.Tensor:
-        """Embeddings of PIL images, or of preprocessed pixels (B, 3, H, W): float32 (B, D), L2-normalised, no gradient."""
+        """Embeddings of PIL images, or of preprocessed pixels (B, 3, H, W).
+
+        Returns:
+            float32 (B, D), L2-normalised, without gradient.
+        """
         import torch
 
         if not isinstance(images, torch.Tensor):
@@ -83,7 +87,7 @@ class Clip:
 
 
 def load(name: str, device: str = "auto") -> Clip:
-    """Load one of OpenAI's CLIPs by the name its users write (`ViT-B/32`, `RN50x4`), or any other as `load_clip` does."""
+    """Load one of OpenAI's CLIPs by the name its users write (`ViT-B/32`), or any other as `load_clip` does."""
     return load_clip(name, "openai" if name in OPENAI_NAMES else None, device=device)
 
 
@@ -93,7 +97,8 @@ def load_clip(name: str, pretrained: str | None = None, *, device: str = "auto")
     Args:
         name: an open_clip architecture (`ViT-B-32`), OpenAI's name (`ViT-B/32`), `local-dir:FOLDER` or `hf-hub:ID` with
             architecture and weights, or the path of an open_clip model configuration (`tiny.json`).
-        pretrained: an open_clip tag (`openai`, `laion2b_s34b_b79k`), the path of a weights file, or None: random weights
+        pretrained: an open_clip tag (`openai`, `laion2b_s34b_b79k`), the path of a weights file, or None: random
+            weights
             from torch's global seed, unless the name brings its own.
         device: `auto` is cuda, else mps, else cpu.
 
@@ -101,6 +106,7 @@ def load_clip(name: str, pretrained: str | None = None, *, device: str = "auto")
         ModelError: unknown name or tag, weights that cannot be had or do not fit.
     """
     import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
 
     architecture, weights = _resolve(name, pretrained)
     _check_reachable(architecture, weights)
@@ -112,7 +118,7 @@ def load_clip(name: str, pretrained: str | None = None, *, device: str = "auto")
     preprocess_cfg = open_clip.get_model_preprocess_cfg(model)
     return Clip(
         model=model.eval().to(choose_device(device)),
-        preprocess=open_clip.image_transform_v2(open_clip.PreprocessCfg(**preprocess_cfg), is_train=False),
+        preprocess=image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False),
         tokenizer=open_clip.get_tokenizer(architecture),
         name=name,
         architecture=open_clip.get_model_config(architecture) or {},
@@ -194,8 +200,8 @@ def _check_reachable(architecture: str, weights: str | None) -> None:
         _resolves("huggingface.co") or os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
     ):
         raise ModelError(
-            f"clip {architecture}, pretrained {weights}: not in the cache ({constants.HF_HUB_CACHE}) and huggingface.co cannot be reached; "
-            f"on a machine that can, run `hf download {repository}` and copy the cache here, or give a local file"
+            f"clip {architecture}, pretrained {weights}: not in the cache ({constants.HF_HUB_CACHE}) and huggingface.co "
+            f"cannot be reached; run `hf download {repository}` where it can and copy the cache, or give a local file"
         )
 
 

@@ -56,17 +56,21 @@ class FetchConfig:
     max_redirects: int = 5
     """Most redirects followed for one row; each target is checked like a new URL."""
     allow_addresses: list[str] = field(default_factory=list)
-    """Networks outside the public Internet that may be reached, each with a port if wished: 127.0.0.0/8, 10.1.0.0/16:8080, [::1]/128:8080."""
+    """Networks outside the public Internet that may be reached, each with a port if wished: 127.0.0.0/8,
+    10.1.0.0/16:8080, [::1]/128:8080."""
     respect_opt_out: bool = True
-    """Drop images whose X-Robots-Tag header asks not to be used for AI (noai, noimageai, noml) or indexed (noindex, noimageindex, none)."""
+    """Drop images whose X-Robots-Tag header asks not to be used for AI (noai, noimageai, noml) or indexed (noindex,
+    noimageindex, none)."""
     user_agent: str = "cliptailor/0.1 (dataset builder; +https://pypi.org/project/cliptailor/)"
     """What the requests call themselves; put a way to reach you here."""
     max_side: int = 512
-    """Stored images have at most this on their shorter side; larger ones are scaled down (area), none up. 0 stores the bytes as they came."""
+    """Stored images have at most this on their shorter side; larger ones are scaled down (area), none up. 0 stores
+    the bytes as they came."""
     jpeg_quality: int = 95
     """Quality of re-encoded JPEGs."""
     min_yield: float = 0.0
-    """Share of candidates that must arrive as images; below it `build` ends with status 3 after the fetch. 0 asks only for one."""
+    """Share of candidates that must arrive as images; below it `build` ends with status 3 after the fetch. 0 asks
+    only for one."""
 
     def __post_init__(self) -> None:
         for name in ("connections", "per_host", "max_bytes", "max_pixels", "jpeg_quality"):
@@ -82,7 +86,8 @@ class ClipConfig:
     """Which CLIP scores the images and captions."""
 
     name: str
-    """An open_clip architecture (ViT-B-32), OpenAI's name for one (ViT-B/32), or local-dir:FOLDER of an exported model."""
+    """An open_clip architecture (ViT-B-32), OpenAI's name for one (ViT-B/32), or local-dir:FOLDER of an exported
+    model."""
     pretrained: str | None = None
     """An open_clip tag (openai, laion2b_s34b_b79k, …) or the path of a weights file; not needed with local-dir:."""
     batch_size: int = 64
@@ -123,14 +128,15 @@ class PackConfig:
     test: float = 0.05
     """Share of duplicate groups in the test split."""
     retain: int = 2_000
-    """At most this many samples that passed everything but a relevance step: general pairs of the same crawl, for `finetune` to measure and prevent forgetting."""
+    """At most this many samples that passed everything but a relevance step: general pairs of the same crawl, for
+    `finetune` to measure and prevent forgetting."""
 
     def __post_init__(self) -> None:
         _at_least("pack.shard_size", self.shard_size, 1)
         _at_least("pack.retain", self.retain, 0)
         if not (0 <= self.val < 1 and 0 <= self.test < 1 and self.val + self.test < 1):
             raise ConfigError(
-                f"pack.val and pack.test: expected shares that leave something for train, got {self.val} and {self.test}"
+                f"pack.val, pack.test: expected shares that leave something for train, got {self.val} and {self.test}"
             )
 
 
@@ -182,7 +188,8 @@ def parse_network(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Netw
         return ipaddress.ip_network(network), port
     except ValueError as error:
         raise ConfigError(
-            f"fetch.allow_addresses: '{text}' is not a network ({error}); expected 127.0.0.0/8, 127.0.0.0/8:8080 or [::1]/128:8080"
+            f"fetch.allow_addresses: '{text}' is not a network ({error}); "
+            "expected 127.0.0.0/8, 127.0.0.0/8:8080 or [::1]/128:8080"
         ) from error
 
 

@@ -43,8 +43,9 @@ class Dedup:
 
 @dataclass(frozen=True, kw_only=True)
 class Decontaminate:
-    """Drop rows whose image is (sha256, phash up to `distance`) or nearly is (CLIP cosine from `similarity`) one of a test set's.
+    """Drop rows whose image is one of a test set's, or nearly is.
 
+    The same: sha256, or phash up to `distance`. Nearly: CLIP cosine from `similarity`.
     against: image folders, files or datasets. similarity: null leaves embeddings out.
     """
 
@@ -58,7 +59,8 @@ class Decontaminate:
 class Relevance:
     """Keep the rows whose image is nearest the prompts and example images.
 
-    score = greatest cosine to the positives (prompt embeddings, and the mean of the examples' embeddings) minus the mean cosine to `against`.
+    score = greatest cosine to the positives (prompt embeddings, and the mean of the examples' embeddings) minus the
+    mean cosine to `against`.
     keep: share of the rows that are still there to keep; threshold: least score; exactly one of the two.
     """
 

@@ -1,6 +1,7 @@
 """What became of every input row: the closed list of reasons, and the columns of `ledger.parquet`.
 
-The ledger has one row for each row of the list: kept, or dropped at one stage by one step for one reason, with the value that decided it.
+The ledger has one row for each row of the list: kept, or dropped at one stage by one step for one reason, with the
+value that decided it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Reason(str, Enum):
     TOO_SMALL = "too_small"
     TRUNCATED_IMAGE = "truncated_image"
     CORRUPT_IMAGE = "corrupt_image"
-    # fetch: ours
+    # fetch: of our own doing
     WORKER_DIED = "worker_died"
     # select: one for each kind of step
     WHERE = "where"
@@ -56,7 +57,8 @@ def ledger_schema() -> pa.Schema:
 
     - key, row: the row's id, and its place in the list (0-based).
     - kept: whether it is in the packed shards; split: train, val, test or retain if so, else null.
-    - stage: plan, fetch or select for a dropped row, else null; step: the filter's name (select), else the stage's; reason: a `Reason`; value: what
+    - stage: plan, fetch or select for a dropped row, else null; step: the filter's name (select), else the stage's;
+      reason: a `Reason`; value: what
       decided it, as text; twin: the key of the kept duplicate, or the name of the test image hit.
     - duplicate_group: key of the group's kept member; rows of one group never lie in different splits.
     """

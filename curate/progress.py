@@ -1,4 +1,4 @@
-"""Progress of a stage: a rich bar on a terminal, a log line every half minute in a file or a cluster log, both on stderr."""
+"""Progress of a stage, on stderr: a rich bar on a terminal, a log line every half minute in a file or cluster log."""
 
 from __future__ import annotations
 

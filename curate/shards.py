@@ -1,14 +1,20 @@
 """The dataset format: names, columns, tar members and their offsets, fingerprints, writing and reading.
 
 A shard is `STEM.tar` beside `STEM.parquet`. The tar is what webdataset and open_clip read: for each sample the
-members `KEY.jpg` (or .png, .webp, .gif: the image's own bytes), `KEY.txt` (the caption, UTF-8) and `KEY.json` (the facts), adjacent,
-in USTAR with no clock, owner or mode of this machine in it. The Parquet has one row per sample, the columns that img2dataset
-gives them (`key, url, caption, status, error_message, width, height, original_width, original_height, sha256, …`) and, for each member, where its bytes
+members `KEY.jpg` (or .png, .webp, .gif: the image's own bytes), `KEY.txt` (the caption, UTF-8) and `KEY.json` (the
+facts), adjacent,
+in USTAR with no clock, owner or mode of this machine in it. The Parquet has one row per sample, the columns that
+img2dataset
+gives them (`key, url, caption, status, error_message, width, height, original_width, original_height, sha256, …`)
+and, for each member, where its bytes
 lie in the tar, so that any sample is one `pread`.
 
-Every file is written under a temporary name in its own folder, fsynced and renamed; the Parquet comes last, so a shard is complete
-when its Parquet is there. Each Parquet of ours carries two words in its metadata: `cliptailor.fingerprint`, of everything it was made from, and
-`cliptailor.digest`, of what is in it. A stage reruns exactly those files whose fingerprint is no longer what it would be today.
+Every file is written under a temporary name in its own folder, fsynced and renamed; the Parquet comes last, so a
+shard is complete
+when its Parquet is there. Each Parquet of ours carries two words in its metadata: `cliptailor.fingerprint`, of
+everything it was made from, and
+`cliptailor.digest`, of what is in it. A stage reruns exactly those files whose fingerprint is no longer what it
+would be today.
 
 This module needs no torch, network or database.
 """
@@ -44,6 +50,9 @@ OFFSET_COLUMNS = (
 )
 FINGERPRINT = b"cliptailor.fingerprint"
 DIGEST = b"cliptailor.digest"
+ROW_GROUP = 65_536
+# A shuffled dataset may have more tars than a process may hold open (1,024 by default).
+MAX_OPEN_TARS = 256
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -106,23 +115,50 @@ def write_parquet(table: pa.Table, path: Path, *, made_from: str) -> None:
 
     The same table gives the same bytes.
     """
-    import pyarrow as pa
+    write_batches(table.to_batches(), table.schema, path, made_from=made_from)
+
+
+def write_batches(batches: Iterable[pa.RecordBatch], schema: pa.Schema, path: Path, *, made_from: str) -> None:
+    """`write_parquet` for more rows than memory should hold; how the rows are cut into batches changes nothing."""
     import pyarrow.parquet as pq
 
     content = hashlib.sha256()
-    # A table may be a slice of larger buffers: its IPC form holds just its rows.
+    schema = schema.remove_metadata()
+    with (
+        atomic(path) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as file,
+    ):
+        for rows in _row_groups(batches, schema):
+            content.update(_ipc_bytes(rows))
+            file.write_table(rows)
+        file.add_key_value_metadata({FINGERPRINT: made_from.encode(), DIGEST: content.hexdigest()[:16].encode()})
+
+
+def _row_groups(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.Table]:
+    """The rows in tables of ROW_GROUP rows, the last one shorter; one empty table if there are none."""
+    import pyarrow as pa
+
+    waiting, num_rows, given = [], 0, False
+    for batch in batches:
+        waiting.append(batch)
+        num_rows += batch.num_rows
+        while num_rows >= ROW_GROUP:
+            table = pa.Table.from_batches(waiting, schema)
+            yield table.slice(0, ROW_GROUP).combine_chunks()
+            waiting, num_rows, given = table.slice(ROW_GROUP).to_batches(), num_rows - ROW_GROUP, True
+    if num_rows or not given:
+        yield pa.Table.from_batches(waiting, schema).combine_chunks()
+
+
+def _ipc_bytes(table: pa.Table) -> pa.Buffer:
+    """The rows of a table as bytes, the same for equal rows."""
+    import pyarrow as pa
+
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as stream:
-        stream.write_table(table.combine_chunks())
-    content.update(sink.getvalue())
-    metadata = {FINGERPRINT: made_from.encode(), DIGEST: content.hexdigest()[:16].encode()}
-    with atomic(path) as temporary:
-        pq.write_table(
-            table.replace_schema_metadata(metadata),
-            temporary,
-            compression="zstd",
-            write_page_checksum=True,
-        )
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        # Equal arrays may differ in bytes where a value is null: a copy by `take` has zeros there.
+        stream.write_table(table.take(pa.array(range(table.num_rows), pa.int64())))
+    return sink.getvalue()
 
 
 def _parquet_metadata(path: Path) -> Mapping[bytes, bytes]:
@@ -130,7 +166,7 @@ def _parquet_metadata(path: Path) -> Mapping[bytes, bytes]:
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_schema(path).metadata or {}
+        return pq.read_metadata(path).metadata or {}
     except FileNotFoundError:
         return {}
     except (pa.ArrowInvalid, OSError):
@@ -191,7 +227,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         self._atomic = atomic(self.stem.with_suffix(".tar"))
         self._file: BinaryIO = self._atomic.__enter__().open("wb")
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed in __exit__
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         return self
 
     def add(self, row: Mapping[str, Any], image: bytes | None = None, image_ext: str = "jpg") -> None:
@@ -220,6 +256,10 @@ class ShardWriter:
                     len(content),
                 )
         self._rows.append({**row, **places})
+
+    def sort_rows(self) -> None:
+        """Put the Parquet's rows into the order of their keys; the tar stays in the order of arrival."""
+        self._rows.sort(key=lambda row: str(row["key"]))
 
     def _write(self, name: str, content: bytes) -> int:
         self._tar.addfile(_member(name, len(content)), io.BytesIO(content))
@@ -325,7 +365,8 @@ def _check_tar_is_whole(tar: Path, table: pa.Table) -> None:
         end = pc.max(pc.add(table["image_offset"], table["image_size"])).as_py()
         if tar.stat().st_size < end:
             raise InputError(
-                f"{tar}: {tar.stat().st_size:,} bytes, but its samples reach to {end:,}: the copy is cut short; copy or build it again"
+                f"{tar}: {tar.stat().st_size:,} bytes, but its samples reach to {end:,}: it is cut short; "
+                "copy or build it again"
             )
 
 
@@ -338,7 +379,7 @@ def _index_foreign_tar(stem: Path, wanted: Sequence[str]) -> pa.Table:
     there = pq.read_schema(parquet).names
     if absent := [name for name in wanted if name not in there]:
         raise InputError(f"{parquet}: no column '{absent[0]}'.{did_you_mean(absent[0], there)}")
-    places = {key: place for key, place in tar_images(stem.with_suffix(".tar"))}
+    places = dict(tar_images(stem.with_suffix(".tar")))
     table = pq.read_table(parquet, columns=list(dict.fromkeys(wanted)))
     keys = table["key"].cast(pa.string()).to_pylist()
     table = table.set_column(table.schema.get_field_index("key"), "key", pa.array(keys, pa.string()))
@@ -385,11 +426,14 @@ class MemberReader:
         """
         handle = self._open.get((os.getpid(), tar))
         if handle is None:
+            if len(self._open) >= MAX_OPEN_TARS:
+                os.close(self._open.pop(next(iter(self._open))))
             handle = self._open[os.getpid(), tar] = os.open(self.tars[tar], os.O_RDONLY)
         content = os.pread(handle, size, offset)
         if len(content) != size:
             raise InputError(
-                f"{self.tars[tar]}: ends at {offset + len(content):,}, before the sample at {offset:,}–{offset + size:,}; copy or build it again"
+                f"{self.tars[tar]}: ends at {offset + len(content):,}, before the end of a sample at {offset + size:,}; "
+                "copy or build it again"
             )
         return content
 

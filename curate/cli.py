@@ -1,0 +1,83 @@
+"""`curate`: command line → configuration → stages; errors → one line and an exit status. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from curate.config import BuildConfig
+from curate.errors import CliptailorError
+from curate.options import add_config, as_config, new_parser, parse
+
+COMMANDS = {
+    "build": """From a list of URLs and captions to a clean, deduplicated, documented dataset, in shards.
+
+        curate build --urls list.parquet --out dataset --config recipe.yaml --fetch.connections 256
+
+        The same command again does what is left, and after a change of list or configuration what depends on it.""",
+    "plan": "Read the list: stable ids, duplicates, and the filters that need no image.",
+    "fetch": "Download the planned candidates into raw shards.",
+    "measure": "Embed the fetched images and captions with a CLIP (measure.clip).",
+    "select": "Apply the filters and write the ledger.",
+    "pack": "Write the kept samples into train, val, test and retain shards.",
+    "report": "Write report.html, the data card and the manifest.",
+}
+DEFAULT_RECIPE = "default.yaml"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the command `curate`."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("cliptailor").setLevel(logging.INFO)
+    try:
+        _run(list(sys.argv[1:] if arguments is None else arguments))
+    except CliptailorError as error:
+        print(f"curate: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("curate: interrupted; what is done is kept, the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(arguments: list[str]) -> None:
+    parser = new_parser("Turn a list of web images and captions into a dataset to adapt a CLIP on.")
+    commands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
+    for name, description in COMMANDS.items():
+        command = new_parser(description)
+        if name in arguments[:1]:  # the options of the other commands are not asked for: --help stays quick
+            add_config(command, BuildConfig)
+        commands.add_subcommand(name, command, help=description.partition("\n")[0])
+    read = parse(parser, _with_recipe(arguments), dict.fromkeys(COMMANDS, BuildConfig))
+    config = as_config(read[read["command"]], BuildConfig)
+
+    from curate.build import build
+
+    stage = read["command"]
+    build(config, [] if stage == "build" else [stage])
+    if stage == "build":
+        _summary(config.out)
+
+
+def _with_recipe(arguments: list[str]) -> list[str]:
+    """Without a `--config` the default recipe rules; a `--config` of one's own replaces it whole."""
+    given = any(word == "--config" or word.startswith("--config=") for word in arguments)
+    if not arguments or arguments[0] not in COMMANDS or given:
+        return arguments
+    with resources.as_file(resources.files("curate") / "recipes" / DEFAULT_RECIPE) as path:
+        return [arguments[0], "--config", str(path), *arguments[1:]]
+
+
+def _summary(out: Path) -> None:
+    from rich.console import Console
+
+    from curate.report import summary_table
+
+    Console().print(summary_table(out))
+    print(f"dataset  {out / 'shards'}\nreport   {out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()
