@@ -1,0 +1,106 @@
+"""The rows of a raw shard: the candidate's columns, and what became of it.
+
+The columns that img2dataset has too keep its names and words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from curate.config import FetchConfig
+from curate.ledger import Reason
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SUCCESS = "success"
+# Column → Arrow type. width and height are of the stored image, original_* of the one that came, upright both.
+RAW_COLUMNS = {
+    "status": "string",
+    "error_message": "string",
+    "width": "int32",
+    "height": "int32",
+    "original_width": "int32",
+    "original_height": "int32",
+    "sha256": "string",
+    "reason": "string",
+    "value": "string",
+    "http_status": "int32",
+    "bytes": "int64",
+    "format": "string",
+    "phash": "int64",
+    "luma_mean": "double",
+    "luma_std": "double",
+    "entropy": "double",
+    "aspect": "double",
+}
+# Reasons that lie in the bytes that came, which img2dataset calls failed_to_resize.
+_OF_THE_BYTES = frozenset(
+    {
+        Reason.NOT_AN_IMAGE,
+        Reason.TOO_MANY_PIXELS,
+        Reason.TOO_SMALL,
+        Reason.TRUNCATED_IMAGE,
+        Reason.CORRUPT_IMAGE,
+    }
+)
+_LONGEST_VALUE = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What became of a URL: the facts for the row, and the image if it is stored."""
+
+    facts: dict[str, Any]
+    content: bytes | None = None
+    extension: str = "jpg"
+
+
+def raw_schema(plan: pa.Schema) -> pa.Schema:
+    """The columns of a raw shard: the plan's, then ours."""
+    import pyarrow as pa
+
+    ours = [pa.field(name, pa.type_for_alias(kind)) for name, kind in RAW_COLUMNS.items()]
+    return pa.schema([*plan.remove_metadata(), *ours])
+
+
+def rejected(reason: Reason, value: str, http_status: int | None = None) -> dict[str, Any]:
+    """The facts of a row that has no image."""
+    # A server has written parts of it: it goes into terminals and pages.
+    value = "".join(letter if letter.isprintable() else "?" for letter in value[:_LONGEST_VALUE])
+    return {
+        "status": "failed_to_resize" if reason in _OF_THE_BYTES else "failed_to_download",
+        "error_message": f"{reason.value}: {value}" if value else reason.value,
+        "reason": reason.value,
+        "value": value or None,
+        "http_status": http_status,
+    }
+
+
+def picture(content: bytes, http_status: int, config: FetchConfig) -> Picture:
+    """Check, decode, scale, encode and measure a body. Runs in threads: the codecs release the GIL."""
+    from curate.images import Rejected, decode, pixel_signals, store
+
+    came = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    try:
+        decoded = decode(content, max_pixels=config.max_pixels, min_side=config.min_side, short_side=config.max_side)
+    except Rejected as error:
+        return Picture({**rejected(error.reason, error.value, http_status), **came})
+    stored = store(decoded, content, max_side=config.max_side, quality=config.jpeg_quality)
+    height, width = stored.rgb.shape[:2]
+    long_side, short_side = max(decoded.width, decoded.height), min(decoded.width, decoded.height)
+    facts = {
+        "status": SUCCESS,
+        "width": width,
+        "height": height,
+        "original_width": decoded.width,
+        "original_height": decoded.height,
+        "http_status": http_status,
+        "format": decoded.format,
+        "aspect": round(long_side / short_side, 4),
+        **came,
+        **pixel_signals(stored.rgb),
+    }
+    return Picture(facts, stored.content, stored.extension)

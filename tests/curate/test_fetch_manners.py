@@ -1,0 +1,72 @@
+"""Opt-outs, Retry-After and back-off, as pure functions."""
+
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
+
+import pytest
+
+from curate.fetch.manners import backoff_after, opt_out, retry_after_s
+
+AGENT = "cliptailor/0.1 (dataset builder; +https://example.org)"
+NOW = datetime(2026, 11, 23, 12, 0, 0, tzinfo=timezone.utc)
+
+
+@pytest.mark.parametrize(
+    ("headers", "directive"),
+    [
+        ([], None),
+        (["all"], None),
+        (["nofollow, noarchive"], None),
+        (["noai"], "noai"),
+        (["noimageai"], "noimageai"),
+        (["noml"], "noml"),
+        (["noindex"], "noindex"),
+        (["noimageindex"], "noimageindex"),
+        (["none"], "none"),
+        ([" NoAI "], "noai"),
+        (["nofollow,noai"], "noai"),
+        (["nofollow", "noai"], "noai"),
+        (["googlebot: noindex"], None),
+        (["googlebot: noindex, noai"], None),
+        (["googlebot: noindex", "noai"], "noai"),
+        (["cliptailor: noindex"], "noindex"),
+        (["Cliptailor : nofollow, noindex"], "noindex"),
+        (["*: noai"], "noai"),
+        (["googlebot: nofollow, cliptailor: noai"], "noai"),
+        (["cliptailor: nofollow, googlebot: noai"], None),
+        (["max-image-preview: large, noai"], "noai"),
+        (["unavailable_after: Wed, 25 Jun 2025 15:00:00 GMT, noimageai"], "noimageai"),
+        (["noindexing"], None),
+        ([""], None),
+    ],
+)
+def test_opt_outs_bind_unless_they_are_for_another_agent(headers, directive):
+    assert opt_out(headers, AGENT) == directive
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        (None, None),
+        ("", None),
+        ("soon", None),
+        ("-5", None),
+        ("0", 0.0),
+        (" 120 ", 120.0),
+        (format_datetime(NOW + timedelta(seconds=90), usegmt=True), 90.0),
+        (format_datetime(NOW - timedelta(days=1), usegmt=True), 0.0),
+        ("Mon, 23 Nov 2026 12:01:00 -0000", 60.0),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(header, seconds):
+    assert retry_after_s(header, NOW) == seconds
+
+
+def test_backoff_doubles_within_its_jitter_and_comes_from_the_key():
+    waits = [[backoff_after(attempt, 1.0, f"key{number}") for attempt in range(4)] for number in range(200)]
+    for attempt in range(4):
+        column = [row[attempt] for row in waits]
+        assert min(column) >= 0.5 * 2**attempt
+        assert max(column) <= 1.5 * 2**attempt
+        assert len(set(column)) == 200
+    assert waits[7] == [backoff_after(attempt, 1.0, "key7") for attempt in range(4)]

@@ -1,0 +1,357 @@
+"""Bytes → pixels → stored bytes and signals, against Pillow, NumPy and scikit-learn's photographs."""
+
+import io
+import struct
+import zlib
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
+
+from curate.images import Rejected, decode, phash, pixel_signals, probe, shrink, store
+from curate.ledger import Reason
+
+MANY = 50_000_000
+CHINA, FLOWER = (np.asarray(image) for image in load_sample_images().images)
+
+
+def encoded(image, kind="JPEG", **options):
+    sink = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(sink, kind, **options)
+    return sink.getvalue()
+
+
+def reason_of(content, **limits):
+    with pytest.raises(Rejected) as rejected:
+        decode(content, **{"max_pixels": MANY, **limits})
+    return rejected.value.reason
+
+
+def mean_difference(a, b):
+    return np.abs(a.astype(float) - b.astype(float)).mean()
+
+
+# --- headers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "name"),
+    [
+        ("JPEG", {}, "jpeg"),
+        ("JPEG", {"progressive": True}, "jpeg"),
+        ("JPEG", {"exif": Image.Exif().tobytes(), "icc_profile": b"x" * 70_000}, "jpeg"),
+        ("PNG", {}, "png"),
+        ("GIF", {}, "gif"),
+        ("WEBP", {"lossless": True}, "webp"),
+        ("WEBP", {"quality": 80}, "webp"),
+        ("WEBP", {"quality": 80, "exif": Image.Exif().tobytes() + b"x"}, "webp"),
+    ],
+)
+def test_the_header_alone_gives_format_and_size(kind, options, name):
+    header = probe(encoded(CHINA[:77, :123], kind, **options))
+    assert (header.format, header.width, header.height) == (name, 123, 77)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "BMP", "ICO", "PPM", "EPS", "PDF"])
+def test_other_formats_are_not_images_here(kind):
+    assert reason_of(encoded(CHINA[:32, :32], kind)) is Reason.NOT_AN_IMAGE
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"<html><body>404</body></html>", b"<svg/>", b"\xff\xd8", bytes(1000)])
+def test_what_is_no_image_is_told_so(content):
+    assert reason_of(content) is Reason.NOT_AN_IMAGE
+
+
+def png_of(width, height):
+    def block(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = block(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + block(b"IDAT", zlib.compress(bytes(1000))) + block(b"IEND", b"")
+
+
+def test_a_bomb_is_refused_by_its_header_before_any_pixel_is_decoded():
+    with pytest.raises(Rejected) as rejected:
+        decode(png_of(60_000, 60_000), max_pixels=MANY)
+    assert (rejected.value.reason, rejected.value.value) == (Reason.TOO_MANY_PIXELS, "60000x60000")
+
+
+def test_a_gif_frame_larger_than_its_screen_is_counted_too():
+    small_screen = bytearray(encoded(CHINA[:100, :100], "GIF"))
+    small_screen[6:10] = struct.pack("<HH", 2, 2)
+    assert reason_of(bytes(small_screen), max_pixels=5000) is Reason.TOO_MANY_PIXELS
+
+
+def test_a_jpeg_of_a_thousand_scans_is_refused():
+    content = encoded(CHINA, progressive=True)
+    scan = content.rindex(b"\xff\xda")
+    bomb = content[:scan] + content[scan:-2] * 300 + b"\xff\xd9"
+    assert reason_of(bomb) is Reason.CORRUPT_IMAGE
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 1)])
+def test_tracking_pixels_are_too_small(size):
+    assert reason_of(encoded(Image.new("RGB", size), "PNG"), min_side=2) is Reason.TOO_SMALL
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("PNG", {}),
+        ("GIF", {}),
+        ("WEBP", {}),
+        ("WEBP", {"lossless": True}),
+    ],
+)
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
+def test_an_image_cut_anywhere_is_truncated(kind, options, share):
+    content = encoded(CHINA, kind, **options)
+    assert reason_of(content[: int(len(content) * share)]) is Reason.TRUNCATED_IMAGE
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
+def test_damaged_bytes_cost_a_reason_and_nothing_else(kind):
+    content = encoded(CHINA[:120, :160], kind)
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        damaged = bytearray(content)
+        for place in rng.integers(3, len(content), size=rng.integers(1, 30)):
+            damaged[place] = rng.integers(256)
+        with suppress(Rejected):
+            decode(bytes(damaged), max_pixels=MANY)
+
+
+def test_rubbish_after_the_image_is_borne():
+    assert decode(encoded(CHINA) + b"\r\nmore" * 99, max_pixels=MANY).rgb.shape == CHINA.shape
+
+
+# --- pixels as a viewer shows them -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied_as_pillow_does(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(CHINA[:200, :300], kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
+    decoded = decode(content, max_pixels=MANY)
+    assert (decoded.height, decoded.width) == expected.shape[:2] == decoded.rgb.shape[:2]
+    assert mean_difference(decoded.rgb, expected) < 1
+    assert decoded.plain == (orientation == 1)
+
+
+def test_sixteen_bit_grey_is_scaled_and_not_clipped():
+    ramp = np.linspace(0, 65535, 256 * 64).reshape(64, 256).astype(np.uint16)
+    decoded = decode(encoded(Image.fromarray(ramp), "PNG"), max_pixels=MANY)
+    assert np.abs(decoded.rgb[..., 0].astype(float) - ramp / 257).max() <= 0.5
+    assert not decoded.plain
+
+
+def test_transparency_stands_on_white():
+    rgba = np.zeros((40, 40, 4), np.uint8)
+    rgba[:, :20] = (255, 0, 0, 255)
+    rgba[:, 30:] = (0, 0, 255, 128)
+    decoded = decode(encoded(rgba, "PNG"), max_pixels=MANY)
+    assert decoded.rgb[0, 0].tolist() == [255, 0, 0]
+    assert decoded.rgb[0, 25].tolist() == [255, 255, 255]
+    assert np.abs(decoded.rgb[0, 35].astype(int) - [127, 127, 255]).max() <= 1
+    assert not decoded.plain
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "RGB"])
+def test_png_modes_look_as_pillow_shows_them(mode):
+    image = Image.fromarray(FLOWER[:90, :70]).convert(mode)
+    decoded = decode(encoded(image, "PNG"), max_pixels=MANY)
+    assert np.array_equal(decoded.rgb, np.asarray(image.convert("RGB")))
+
+
+def test_a_palette_with_a_transparent_colour_stands_on_white():
+    image = Image.fromarray(np.repeat(np.arange(4, dtype=np.uint8), 100).reshape(20, 20), "L").convert("P")
+    image.info["transparency"] = 0
+    decoded = decode(encoded(image, "GIF", transparency=0), max_pixels=MANY)
+    assert decoded.rgb[0, 0].tolist() == [255, 255, 255]
+
+
+def test_cmyk_is_converted_as_pillow_does():
+    content = encoded(Image.fromarray(FLOWER).convert("CMYK"))
+    decoded = decode(content, max_pixels=MANY)
+    assert mean_difference(decoded.rgb, FLOWER) < 6
+    assert not decoded.plain
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_an_animation_gives_its_first_frame(kind):
+    frames = [Image.new("RGB", (30, 20), colour) for colour in ("red", "green", "blue")]
+    sink = io.BytesIO()
+    frames[0].save(
+        sink,
+        kind,
+        save_all=True,
+        append_images=frames[1:],
+        duration=50,
+        **({"lossless": True} if kind == "WEBP" else {}),
+    )
+    decoded = decode(sink.getvalue(), max_pixels=MANY)
+    assert decoded.rgb.shape == (20, 30, 3)
+    assert decoded.rgb[10, 15].tolist() == [255, 0, 0]
+    assert not decoded.plain
+
+
+@pytest.mark.parametrize("size", [(4000, 3000), (3001, 4003), (513, 700), (1200, 90)])
+def test_a_large_jpeg_is_decoded_small_but_never_below_the_side_asked_for(size):
+    content = encoded(Image.fromarray(CHINA).resize(size))
+    decoded = decode(content, max_pixels=MANY, short_side=256)
+    assert (decoded.width, decoded.height) == size
+    assert min(256, *size) <= min(decoded.rgb.shape[:2]) < max(600, min(size) // 2 + 2)
+
+
+# --- storing ---------------------------------------------------------------------------------------------------------
+
+
+def stored(content, max_side=512, quality=95):
+    return store(decode(content, max_pixels=MANY, short_side=max_side), content, max_side=max_side, quality=quality)
+
+
+@pytest.mark.parametrize(("kind", "extension"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
+def test_an_image_that_fits_is_kept_byte_for_byte(kind, extension):
+    content = encoded(CHINA, kind)
+    kept = stored(content)
+    assert (kept.content, kept.extension) == (content, extension)
+
+
+def test_a_larger_image_is_scaled_down_on_its_shorter_side():
+    kept = stored(encoded(Image.fromarray(CHINA).resize((1600, 1000))), max_side=300)
+    assert kept.extension == "jpg"
+    assert Image.open(io.BytesIO(kept.content)).size == (480, 300) == kept.rgb.shape[1::-1]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_scaling_is_by_area_and_near_a_full_decode(kind):
+    large = Image.fromarray(FLOWER).resize((1920, 1281))
+    content = encoded(large, kind, **({"quality": 95} if kind == "JPEG" else {}))
+    expected = np.asarray(large.reduce(3))  # the mean of each 3 × 3
+    assert mean_difference(stored(content, max_side=427).rgb, expected) < 2.5
+
+
+def test_nothing_is_scaled_up():
+    content = encoded(CHINA[:50, :80])
+    assert stored(content, max_side=512).content == content
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG"])
+def test_a_lossless_image_that_needs_a_change_but_no_scaling_stays_lossless(kind):
+    image = Image.fromarray(FLOWER[:60, :60]).quantize(64)
+    content = encoded(image, kind) if kind == "GIF" else encoded(np.dstack([FLOWER, FLOWER[..., 0]]), kind)
+    kept = stored(content)
+    assert kept.extension == "png"
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(kept.content))), decode(content, max_pixels=MANY).rgb)
+
+
+def test_a_strip_too_long_for_a_jpeg_is_stored_as_png():
+    assert stored(encoded(Image.new("L", (70_000, 20)), "PNG"), max_side=19).extension == "png"
+
+
+def test_side_zero_stores_the_bytes_as_they_came():
+    content = encoded(Image.fromarray(CHINA).quantize(), "GIF")
+    kept = stored(content, max_side=0)
+    assert (kept.content, kept.extension) == (content, "gif")
+
+
+def test_storing_is_deterministic():
+    content = encoded(Image.fromarray(CHINA).resize((1600, 1000)))
+    assert stored(content).content == stored(content).content
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_what_is_stored_opens_upright_and_plain_for_every_reader(kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(Image.fromarray(CHINA).resize((900, 700)), kind, **({} if kind == "GIF" else {"exif": exif}))
+    kept = stored(content)
+    assert mean_difference(np.asarray(Image.open(io.BytesIO(kept.content)).convert("RGB")), kept.rgb) < 3
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+
+def distance(a, b):
+    return ((a ^ b) & (2**64 - 1)).bit_count()
+
+
+def tiles():
+    return [photo[y : y + 200, x : x + 200] for photo in (CHINA, FLOWER) for y in (0, 200) for x in (0, 200, 400)]
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_copies_hash_alike(number):
+    photo = np.ascontiguousarray(tiles()[number])
+    hash_ = phash(photo)
+    smaller = Image.fromarray(photo).resize((140, 140), Image.Resampling.LANCZOS)
+    copies = [
+        np.asarray(Image.open(io.BytesIO(encoded(photo, quality=60)))),
+        np.asarray(smaller),
+        np.asarray(Image.open(io.BytesIO(encoded(smaller, quality=60)))),
+        np.asarray(Image.open(io.BytesIO(encoded(photo, "WEBP", quality=70))).convert("RGB")),
+        decode(encoded(Image.fromarray(photo).resize((1600, 1600))), max_pixels=MANY, short_side=200).rgb,
+    ]
+    assert max(distance(hash_, phash(np.ascontiguousarray(copy))) for copy in copies) <= 6
+
+
+def test_different_photographs_hash_apart():
+    hashes = [phash(np.ascontiguousarray(tile)) for tile in [*tiles(), CHINA, FLOWER]]
+    assert min(distance(a, b) for n, a in enumerate(hashes) for b in hashes[:n]) > 15
+
+
+def test_the_hash_is_a_signed_64_bit_number_with_half_of_its_bits_set():
+    for tile in tiles():
+        hash_ = phash(np.ascontiguousarray(tile))
+        assert -(2**63) <= hash_ < 2**63
+        assert 28 <= (hash_ & (2**64 - 1)).bit_count() <= 32
+
+
+def test_the_hash_is_the_sign_of_the_dct_against_its_median():
+    luma = np.asarray(Image.fromarray(CHINA[:320, :320]).convert("L"), dtype=float)
+    small = luma.reshape(32, 10, 32, 10).mean(axis=(1, 3))
+    n, k = np.arange(32)[None], np.arange(8)[:, None]
+    basis = np.cos(np.pi * (2 * n + 1) * k / 64) * np.where(k == 0, np.sqrt(1 / 32), np.sqrt(2 / 32))
+    low = (basis @ small @ basis.T).ravel()
+    bits = (low > np.median(low[1:])) & (np.arange(64) > 0)
+    expected = sum(1 << (63 - place) for place in np.flatnonzero(bits).tolist())
+    assert distance(phash(np.ascontiguousarray(CHINA[:320, :320])), expected) <= 1  # of luma rounded to uint8
+
+
+def test_coefficients_that_are_zero_are_not_told_apart_by_rounding_noise():
+    for tile in tiles():
+        half = tile[:192, :96]
+        bits = np.array([phash(np.hstack([half, half[:, ::-1]])) >> place & 1 for place in range(63, -1, -1)]).reshape(
+            8, 8
+        )
+        assert len(set(bits[:, 1::2].ravel().tolist())) == 1  # the odd ones, of a picture that mirrors itself
+
+
+@pytest.mark.parametrize("value", [0, 77, 255])
+def test_flat_images_hash_alike(value):
+    assert phash(np.full((90, 61, 3), value, np.uint8)) == 0
+
+
+def test_luma_figures_equal_their_definitions():
+    luma = np.asarray(Image.fromarray(CHINA).convert("L"), dtype=float)
+    share = np.bincount(luma.astype(int).ravel(), minlength=256) / luma.size
+    signals = pixel_signals(CHINA)
+    assert signals["luma_mean"] == pytest.approx(luma.mean(), abs=0.3)
+    assert signals["luma_std"] == pytest.approx(luma.std(), abs=0.3)
+    assert signals["entropy"] == pytest.approx(-(share[share > 0] * np.log2(share[share > 0])).sum(), abs=0.02)
+    assert pixel_signals(np.zeros((9, 9, 3), np.uint8)) == {"phash": 0, "luma_mean": 0, "luma_std": 0, "entropy": 0}
+
+
+def test_shrinking_keeps_the_shape_of_the_whole_image():
+    decoded = decode(encoded(Image.fromarray(CHINA).resize((1003, 677))), max_pixels=MANY, short_side=100)
+    assert shrink(decoded, 100).shape == (100, 148, 3)
