@@ -1,0 +1,205 @@
+"""A dataset folder → `report.html`, `README.md` (the data card), `report.json` (all figures) and `manifest.json`.
+
+It computes nothing that is not shown. The figures are counted in the database, the rows shown are a bounded sample,
+and the page has a hard limit of bytes: where a dataset has so many steps that their pictures would pass it, each step
+shows fewer. The same folder gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from curate import charts
+from curate.config import ReportConfig
+from curate.errors import InputError
+from curate.html import MAX_BYTES, count, render, share
+from curate.report.card import card
+from curate.report.definitions import limits
+from curate.report.figures import count_all, open_tables
+from curate.report.manifest import manifest
+from curate.report.samples import Gallery, choose, with_pictures
+from curate.shards import write_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MOST_THUMBNAILS = 200
+LONGEST_CONFIG = 60_000
+QUERIES = (
+    (
+        "Why were rows dropped?",
+        "SELECT stage, step, reason, count(*) FROM 'ledger.parquet' WHERE NOT kept GROUP BY ALL ORDER BY ALL;",
+    ),
+    (
+        "What did one host send?",
+        "SELECT url, status, reason, value FROM 'raw/*.parquet' WHERE url_host = 'example.org';",
+    ),
+    (
+        "Which rows are one picture?",
+        "SELECT duplicate_group, list(url) FROM 'ledger.parquet' GROUP BY ALL HAVING count(*) > 1;",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """The report, and its size in bytes."""
+
+    path: Path
+    size: int
+
+
+def run(out: Path, config: ReportConfig, effective_config: dict[str, Any], seed: int) -> ReportResult:
+    """Write the four files into the dataset folder, `manifest.json` last.
+
+    Args:
+        out: a folder with a ledger; plan, raw, signals and shards as far as they are there.
+        config: title, and how many thumbnails.
+        effective_config: the whole configuration of the build, as plain data.
+        seed: of the build; chooses the samples shown.
+
+    Raises:
+        InputError: there is no ledger yet.
+    """
+    plain = json.loads(json.dumps(effective_config, default=str))
+    filters = plain.get("filters") or []
+    with open_tables(out) as database:
+        figures = {"title": config.title, **count_all(database, filters)}
+        chosen = choose(database, figures, filters, min(config.thumbnails, MOST_THUMBNAILS), seed)
+        galleries = with_pictures(database, chosen)
+    facts = manifest(out, plain, seed)
+    page = _page(figures, galleries, facts)
+    write_text(out / "report.html", page)
+    write_text(out / "README.md", card(out, figures, plain, facts["fingerprint"]))
+    write_text(out / "report.json", _json(figures))
+    write_text(out / "manifest.json", _json(facts))
+    return ReportResult(out / "report.html", len(page.encode()))
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    # ASCII: a caption with a lone surrogate is still valid JSON.
+    return json.dumps(data, indent=1) + "\n"
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def _page(figures: Mapping[str, Any], galleries: Sequence[Gallery], facts: Mapping[str, Any]) -> str:
+    """The page; with half the samples in each gallery, and half again, until it is small enough."""
+    each = max((len(gallery.samples) for gallery in galleries), default=0)
+    while True:
+        shown = [gallery.at_most(each) for gallery in galleries]
+        page = render(Path(__file__).parent, _values(figures, shown, facts))
+        if len(page.encode()) <= MAX_BYTES or each == 0:
+            return page
+        each //= 2
+
+
+def _values(figures: Mapping[str, Any], galleries: Sequence[Gallery], facts: Mapping[str, Any]) -> dict[str, Any]:
+    config = yaml.safe_dump(facts["config"], sort_keys=False, allow_unicode=True, width=100)
+    return {
+        "figures": figures,
+        "kept": [gallery for gallery in galleries if gallery.stage == "kept"],
+        "dropped": [gallery for gallery in galleries if gallery.stage != "kept" and not gallery.pairs],
+        "pairs": [gallery for gallery in galleries if gallery.pairs],
+        "funnel": [{**step, "bar": _bar(step, figures["rows"])} for step in figures["funnel"]],
+        "what": {step["step"]: step["what"] for step in figures["funnel"]},
+        "split_bar": _split_bar(figures),
+        "histograms": [_histogram(name, drawn) for name, drawn in figures["distributions"].items()],
+        "hosts": [{**host, "bar": _host_bar(host)} for host in figures["hosts"]["top"]],
+        "host": _host,
+        "limits": limits(facts["config"].get("filters") or []),
+        "config": config[:LONGEST_CONFIG] + ("\n… manifest.json has the rest" if len(config) > LONGEST_CONFIG else ""),
+        "facts": facts,
+        "queries": QUERIES,
+    }
+
+
+def _bar(step: Mapping[str, Any], rows: int) -> str:
+    left, dropped = step["left"], step["dropped"]
+    return charts.bar(
+        [("kept", left, f"{count(left)} left"), ("dropped", dropped, f"{count(dropped)} dropped here")], rows
+    )
+
+
+def _split_bar(figures: Mapping[str, Any]) -> str:
+    parts = [
+        (split, number, f"{split}: {count(number)} ({share(number, figures['kept'])})")
+        for split, number in figures["splits"].items()
+        if number
+    ]
+    return charts.bar(parts, figures["kept"])
+
+
+def _histogram(name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
+    series = {"kept": drawn["kept"], "dropped": drawn["dropped"]}
+    return {"name": name, **drawn, "chart": charts.histogram(drawn["edges"], series, unit=drawn["unit"])}
+
+
+def _host_bar(host: Mapping[str, Any]) -> str:
+    came, failed = host["images"], host["rows"] - host["images"]
+    return charts.bar(
+        [("kept", came, f"{count(came)} came"), ("dropped", failed, f"{count(failed)} failed")], host["rows"]
+    )
+
+
+def _host(url: str | None) -> str:
+    try:
+        return urlsplit(url or "").hostname or url or "no URL"
+    except ValueError:
+        return url or "no URL"
+
+
+# --- the table at the end of a build ---------------------------------------------------------------------------------
+
+
+def summary_table(out: Path) -> Table:
+    """The funnel as one table for the terminal: what each step dropped and left, and the splits.
+
+    Raises:
+        InputError: `report.json` is not there or not ours.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    figures = _read_figures(out / "report.json")
+    table = Table(title=escape(str(figures["title"])), title_justify="left", caption_justify="left")
+    for name, side in (
+        ("stage", "left"),
+        ("step", "left"),
+        ("dropped", "right"),
+        ("left", "right"),
+        ("share", "right"),
+    ):
+        table.add_column(name, justify=side)  # type: ignore[arg-type]
+    table.add_row("list", "rows in", "", count(figures["rows"]), share(figures["rows"], figures["rows"]))
+    for step in figures["funnel"]:
+        cells = (
+            escape(step["step"]),
+            count(step["dropped"]),
+            count(step["left"]),
+            share(step["left"], figures["rows"]),
+        )
+        table.add_row(step["stage"], *cells)
+    table.add_section()
+    for split, number in figures["splits"].items():
+        if number:
+            table.add_row("kept", split, "", count(number), share(number, figures["rows"]))
+    table.caption = (
+        f"{count(figures['rows'])} rows in = {count(figures['kept'])} kept + {count(figures['dropped'])} dropped"
+    )
+    return table
+
+
+def _read_figures(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable ({error}); run 'curate report' on {path.parent} first") from error
