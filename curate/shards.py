@@ -1,20 +1,15 @@
 """The dataset format: names, columns, tar members and their offsets, fingerprints, writing and reading.
 
-A shard is `STEM.tar` beside `STEM.parquet`. The tar is what webdataset and open_clip read: for each sample the
-members `KEY.jpg` (or .png, .webp, .gif: the image's own bytes), `KEY.txt` (the caption, UTF-8) and `KEY.json` (the
-facts), adjacent,
-in USTAR with no clock, owner or mode of this machine in it. The Parquet has one row per sample, the columns that
-img2dataset
-gives them (`key, url, caption, status, error_message, width, height, original_width, original_height, sha256, …`)
-and, for each member, where its bytes
-lie in the tar, so that any sample is one `pread`.
+A shard is `STEM.tar` beside `STEM.parquet`. The tar is what webdataset and open_clip read: for each sample the members
+`KEY.jpg` (or .png, .webp, .gif: the image's own bytes), `KEY.txt` (the caption, UTF-8) and `KEY.json` (the facts),
+adjacent, in USTAR, with no clock, owner or mode of this machine in it. The Parquet has one row per sample, with the
+columns that img2dataset gives them (`key, url, caption, status, error_message, width, height, original_width,
+original_height, sha256, …`) and, for each member, where its bytes lie in the tar: any sample is one `pread`.
 
-Every file is written under a temporary name in its own folder, fsynced and renamed; the Parquet comes last, so a
-shard is complete
-when its Parquet is there. Each Parquet of ours carries two words in its metadata: `cliptailor.fingerprint`, of
-everything it was made from, and
-`cliptailor.digest`, of what is in it. A stage reruns exactly those files whose fingerprint is no longer what it
-would be today.
+Every file is written under a temporary name in its own folder, fsynced and renamed. The Parquet comes last, so a shard
+is complete when its Parquet is there. Each Parquet of ours carries two words in its metadata: `cliptailor.fingerprint`,
+of everything it was made from, and `cliptailor.digest`, of what is in it (not of where in the tar: images come in the
+order in which servers answer). A stage reruns exactly those files whose fingerprint is no longer what it would be.
 
 This module needs no torch, network or database.
 """
@@ -48,6 +43,7 @@ OFFSET_COLUMNS = (
     "json_offset",
     "json_size",
 )
+PLACES = ("image_offset", "caption_offset", "json_offset")
 FINGERPRINT = b"cliptailor.fingerprint"
 DIGEST = b"cliptailor.digest"
 ROW_GROUP = 65_536
@@ -151,9 +147,10 @@ def _row_groups(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterato
 
 
 def _ipc_bytes(table: pa.Table) -> pa.Buffer:
-    """The rows of a table as bytes, the same for equal rows."""
+    """The rows of a table as bytes, the same for equal rows: where in the tar their members lie does not count."""
     import pyarrow as pa
 
+    table = table.drop_columns([name for name in table.column_names if name in PLACES])
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:
         # Equal arrays may differ in bytes where a value is null: a copy by `take` has zeros there.
