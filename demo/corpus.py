@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 SIDE = 64  # pixels of every picture
 TEST_DIGITS = 450
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-EMOJI_CAPTIONS = ("{}", "a picture of {}", "an emoji of {}", "a drawing of {}")
+EMOJI_CAPTIONS = ("the emoji {}", "a picture of {}", "an emoji of {}", "a drawing of {}")
 DIGIT_CAPTIONS = (
     "a handwritten {}",
     "the digit {} written by hand",

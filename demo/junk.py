@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle
@@ -15,6 +16,9 @@ from PIL import Image
 from demo.corpus import DIGIT_CAPTIONS, DIGIT_WORDS, Picture, digits, emoji, noise, png
 
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4")
+EXAMPLES = 30
+# Every so manieth emoji is not in the domain's crawl, so that nothing replays it.
+UNSEEN = 8
 # What the ledger should call each kind of junk: any of these (stage, reason).
 EXPECTED = {
     "empty url": {("plan", "empty_url")},
@@ -36,8 +40,11 @@ EXPECTED = {
     "same file elsewhere": {("select", "dedup")},
     "re-encoded copy": {("select", "dedup")},
     "leaked test image": {("select", "decontaminate")},
-    "off topic": {("select", "relevance")},
+    # Off-topic rows that are good otherwise become the split `retain`; some are copies of each other.
+    "off topic": {("select", "relevance"), ("kept", "retain"), ("select", "dedup")},
 }
+# Share of a kind that may slip through: to a CLIP this small a black chess piece looks like a stroke of a pen.
+SLIPS = {"off topic": 0.02}
 # Kept rows: what should arrive, and what no filter here can see.
 KEPT = ("digit", "digit, busy server", "digit, wrong caption")
 
@@ -63,11 +70,11 @@ class Site:
 def make_site() -> Site:
     """The pictures, and the lists of the general web and of the domain's crawl."""
     bodies: dict[str, bytes] = {}
-    pictures, train, (_, test) = emoji(), digits()[0], digits()
-    general = list(_serve(bodies, "emoji", pictures, "emoji"))
+    train, test = digits()
+    general = list(_serve(bodies, "emoji", emoji(), "emoji"))
     domain = [
-        *_serve(bodies, "digits", train[: -len(DIGIT_WORDS)], "digit"),
-        *(Row(row.path, row.caption, "off topic") for row in general),
+        *_serve(bodies, "digits", train[:-EXAMPLES], "digit"),
+        *(Row(row.path, row.caption, "off topic") for number, row in enumerate(general) if number % UNSEEN),
         *_serve(bodies, "textures", noise(60), "off topic"),
         *_leaked(bodies, test),
         *_copies(bodies, train),
@@ -79,15 +86,21 @@ def make_site() -> Site:
 
 
 def examples() -> list[Picture]:
-    """The handful of pictures the user gives as examples of the domain: one a digit, from the training part."""
-    return digits()[0][-len(DIGIT_WORDS) :]
+    """The handful of pictures the user gives as examples of the domain, from the training part."""
+    return digits()[0][-EXAMPLES:]
 
 
-def url(row: Row, number: int, port: int, closed_port: int) -> str:
-    """The row's URL on the demo's server; rows are spread over its hosts."""
+def unseen_emoji() -> list[Picture]:
+    """Emoji that the CLIP was pretrained on and that the domain's crawl does not hold."""
+    return emoji()[::UNSEEN]
+
+
+def url(row: Row, port: int, closed_port: int) -> str:
+    """The row's URL on the demo's server; paths are spread over its hosts."""
     if row.kind == "closed port":
         return f"http://{HOSTS[0]}:{closed_port}{row.path}"
-    return f"http://{HOSTS[number % len(HOSTS)]}:{port}{row.path}" if row.path.startswith("/") else row.path
+    host = HOSTS[zlib.crc32(row.path.encode()) % len(HOSTS)]
+    return f"http://{host}:{port}{row.path}" if row.path.startswith("/") else row.path
 
 
 def _serve(

@@ -108,6 +108,7 @@ class _Server:
     async def _endless(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "image/png"})
         await response.prepare(request)
+        await response.write(png_bomb())
         for _ in range(100_000):
             await response.write(b"\0" * 65_536)
         return response

@@ -1,0 +1,166 @@
+"""`curate build` as its user runs it: the command in a process of its own, a real web server, the files it leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from hashlib import sha256
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import webdataset
+
+from curate.build import holding
+from tests.curate.fetching import jpeg
+from tests.webserver import WebServer, after, page
+
+IMAGES = 12
+BUILD = [sys.executable, "-m", "curate.cli", "build"]
+FILTERS = "[{name: exact, dedup: {by: sha256, keep: row}}, {name: wide, where: width >= 60}]"
+SMALL = ["--plan.shard_size", "5", "--pack.shard_size", "4", "--pack.val", "0.2", "--pack.test", "0.2"]
+
+
+@pytest.fixture
+def web() -> Iterator[WebServer]:
+    with WebServer() as server:
+        for number in range(IMAGES):
+            server.add(f"/{number}.jpg", page(jpeg(number)))
+        server.add("/copy.jpg", page(jpeg(3)))
+        server.add("/narrow.jpg", page(jpeg(99, size=(40, 48))))
+        yield server
+
+
+def write_list(web: WebServer, folder: Path, *more: str) -> Path:
+    paths = [*(f"/{number}.jpg" for number in range(IMAGES)), "/copy.jpg", "/narrow.jpg", "/gone.jpg", *more]
+    rows = [{"URL": f"http://127.0.0.1:{web.port}{path}", "TEXT": f'what, "is" at {path}'} for path in paths]
+    pd.DataFrame([*rows, {"URL": "", "TEXT": "nothing"}]).to_parquet(folder / "list.parquet")
+    return folder / "list.parquet"
+
+
+def command(urls: Path, out: Path, *options: str, filters: str = FILTERS) -> list[str]:
+    recipe = out.parent / f"{out.name}.yaml"
+    recipe.write_text(f"filters: {filters}\nfetch: {{allow_addresses: [127.0.0.0/8], retries: 0, processes: 1}}\n")
+    return [*BUILD, "--urls", str(urls), "--out", str(out), "--config", str(recipe), *SMALL, *options]
+
+
+def run(words: list[str], status: int = 0) -> subprocess.CompletedProcess[str]:
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == status, ran.stderr
+    assert "Traceback" not in ran.stderr
+    return ran
+
+
+def packed(out: Path) -> dict[str, str]:
+    return {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted((out / "shards").iterdir())}
+
+
+def stamps(out: Path, *folders: str) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for folder in folders for path in (out / folder).iterdir()}
+
+
+def test_a_list_becomes_shards_that_webdataset_pandas_and_tar_read(web: WebServer, tmp_path: Path) -> None:
+    out = tmp_path / "dataset"
+    shown = run(command(write_list(web, tmp_path), out)).stdout
+    ledger = pd.read_parquet(out / "ledger.parquet")
+    assert len(ledger) == IMAGES + 4
+    assert ledger.kept.sum() == IMAGES
+    assert "16 rows in = 12 kept + 4 dropped" in shown
+    assert dict(ledger[~ledger.kept].reason.value_counts()) == {
+        "dedup": 1, "where": 1, "http_status": 1, "empty_url": 1,
+    }  # fmt: skip
+    tars = sorted(str(path) for path in (out / "shards").glob("*.tar"))
+    # Its own reader leaves the tars it opened to the garbage collector, so they are opened here.
+    with ExitStack() as opened:
+        streams = [{"url": tar, "stream": opened.enter_context(Path(tar).open("rb"))} for tar in tars]
+        files = webdataset.tariterators.tar_file_expander(streams)
+        samples = [sample for sample in webdataset.tariterators.group_by_keys(files) if "__key__" in sample]
+    assert len(samples) == IMAGES
+    assert {sample["jpg"] for sample in samples} == {jpeg(number) for number in range(IMAGES)}
+    rows = pd.concat(pd.read_parquet(path) for path in (out / "shards").glob("*.parquet"))
+    assert set(rows.caption) == {sample["txt"].decode() for sample in samples}
+    listed = subprocess.run(["tar", "-tf", tars[0]], capture_output=True, text=True, check=True).stdout.split()
+    assert {name.partition(".")[2] for name in listed} == {"jpg", "txt", "json"}
+    assert {"report.html", "README.md", "manifest.json"} <= {path.name for path in out.iterdir()}
+
+
+def test_the_same_command_again_asks_for_nothing_and_writes_no_shard(web: WebServer, tmp_path: Path) -> None:
+    words = command(write_list(web, tmp_path), tmp_path / "dataset")
+    run(words)
+    asked, written = dict(web.asked), stamps(tmp_path / "dataset", "plan", "raw", "shards")
+    assert "unchanged" in run(words).stderr
+    assert dict(web.asked) == asked
+    assert stamps(tmp_path / "dataset", "plan", "raw", "shards") == written
+
+
+def test_a_changed_filter_selects_and_packs_again_without_a_request(web: WebServer, tmp_path: Path) -> None:
+    urls, out = write_list(web, tmp_path), tmp_path / "dataset"
+    run(command(urls, out))
+    asked = dict(web.asked)
+    run(command(urls, out, filters="[{name: few, sample: {count: 5}}]"))
+    assert dict(web.asked) == asked
+    assert pd.read_parquet(out / "ledger.parquet").kept.sum() == 5
+    fresh = tmp_path / "fresh"
+    run(command(urls, fresh, filters="[{name: few, sample: {count: 5}}]"))
+    assert packed(out) == packed(fresh)
+
+
+def test_killed_in_the_fetch_the_same_command_ends_with_the_same_bytes(web: WebServer, tmp_path: Path) -> None:
+    urls = write_list(web, tmp_path, "/slow.jpg")
+    web.add("/slow.jpg", page(jpeg(50)))
+    run(command(urls, tmp_path / "unbroken"))
+    web.add("/slow.jpg", after(3, page(jpeg(50))))
+    out = tmp_path / "dataset"
+    words = command(urls, out, "--fetch.read_timeout_s", "8")
+    killed = subprocess.Popen(words, stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while web.asked["/slow.jpg"] < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert not (out / "ledger.parquet").exists()
+    run(words)
+    assert packed(out) == packed(tmp_path / "unbroken")
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_an_outage_is_status_3_and_the_next_run_asks_again(web: WebServer, tmp_path: Path) -> None:
+    pages, web.pages = web.pages, {}
+    words = command(write_list(web, tmp_path), tmp_path / "dataset")
+    assert "0 of 15 images arrived (http_status 15)" in run(words, status=3).stderr
+    web.pages = pages
+    run(words)
+
+
+def test_a_list_of_which_nothing_stays_is_status_3_with_a_report(web: WebServer, tmp_path: Path) -> None:
+    out = tmp_path / "dataset"
+    ran = run(command(write_list(web, tmp_path), out, filters="[{name: huge, where: width > 9000}]"), status=3)
+    assert "all 16 rows were dropped" in ran.stderr
+    assert (out / "report.html").exists()
+
+
+def test_a_folder_that_another_run_holds_is_status_75(web: WebServer, tmp_path: Path) -> None:
+    out = tmp_path / "dataset"
+    with holding(out):
+        ran = run(command(write_list(web, tmp_path), out), status=75)
+    assert f"process {os.getpid()} is building here" in ran.stderr
+    run(command(write_list(web, tmp_path), out))
+
+
+def test_without_config_and_out_the_default_recipe_fills_dataset(web: WebServer, tmp_path: Path) -> None:
+    web.add("/big.jpg", page(jpeg(7, size=(320, 240))))
+    (tmp_path / "list.txt").write_text(f"http://127.0.0.1:{web.port}/big.jpg\n")
+    allowed = ["--fetch.allow_addresses", '["127.0.0.0/8"]']
+    ran = subprocess.run(
+        [*BUILD, "--urls", "list.txt", *allowed, "--filters", "[]"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads((tmp_path / "dataset" / "manifest.json").read_text())

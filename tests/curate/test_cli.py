@@ -1,0 +1,121 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from curate import cli
+from curate.cli import COMMANDS, main
+from curate.config import BuildConfig
+from curate.options import read_config
+
+RECIPES = sorted((Path(__file__).parents[2] / "configs" / "curate").glob("*.yaml"))
+HEAVY = ("torch", "duckdb", "pyarrow", "aiohttp", "numpy", "pandas", "cv2", "lightning", "open_clip")
+
+
+def failing(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    return int(stopped.value.code or 0), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_answers_without_a_heavy_import(command: str) -> None:
+    program = "import sys; from curate.cli import main\n"
+    program += f"try: main({[*command.split(), '--help']!r})\nexcept SystemExit: pass\n"
+    program += f"loaded = [name for name in {HEAVY!r} if name in sys.modules]; sys.exit(str(loaded) if loaded else 0)"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "usage: " in ran.stdout
+
+
+def test_help_takes_under_half_a_second_of_cpu() -> None:
+    def cpu_s() -> float:
+        before = os.times()
+        subprocess.run([sys.executable, "-m", "curate.cli", "--help"], capture_output=True, check=True, timeout=60)
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    assert min(cpu_s() for _ in range(3)) < 0.5
+
+
+def test_a_misspelt_key_is_named_with_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert failing(capsys, "build", "--urls", "x.txt", "--fetch.conections", "3") == (
+        2,
+        "curate: no key 'fetch.conections'. Did you mean 'fetch.connections'?\n",
+    )
+
+
+def test_a_misspelt_key_in_a_file_is_named_with_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("fetch:\n  retires: 3\n")
+    status, message = failing(capsys, "build", "--config", str(recipe), "--urls", "x.txt")
+    assert (status, message) == (2, f"curate: {recipe}: no key 'fetch.retires'. Did you mean 'fetch.retries'?\n")
+
+
+def test_a_value_of_another_kind_says_what_was_expected(capsys: pytest.CaptureFixture[str]) -> None:
+    status, message = failing(capsys, "build", "--urls", "x.txt", "--pack.val", "many")
+    assert (status, message) == (2, "curate: pack.val: expected a number, got 'many'\n")
+
+
+def test_a_build_needs_a_list(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, message = failing(capsys, "build", "--out", str(tmp_path / "out"))
+    assert status == 2
+    assert message.startswith("curate: --urls: needs a list of URLs")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_list_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, message = failing(capsys, "build", "--urls", str(tmp_path / "no.parquet"), "--out", str(tmp_path / "out"))
+    assert status == 2
+    assert message.count("\n") == 1
+    assert "no.parquet" in message
+
+
+def test_a_stage_says_which_one_must_come_first(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, message = failing(capsys, "pack", "--out", str(tmp_path))
+    assert status == 2
+    assert "run `curate select`" in message
+
+
+def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupted)
+    assert failing(capsys, "build")[0] == 130
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_that_ships_is_read(path: Path) -> None:
+    from curate.filters import parse_steps
+
+    config = read_config(path, BuildConfig)
+    assert len(parse_steps(config.filters)) == len(config.filters) > 0
+
+
+def test_the_default_recipe_rules_when_no_config_is_given() -> None:
+    arguments = cli._with_recipe(["build", "--urls", "x"])
+    assert arguments[1] == "--config"
+    assert yaml.safe_load(Path(arguments[2]).read_text())["filters"]
+    assert cli._with_recipe(["build", "--config", "mine.yaml"]) == ["build", "--config", "mine.yaml"]
+
+
+def test_a_section_that_may_be_absent_can_be_set_by_dotted_flags() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "curate.cli",
+        "build",
+        "--urls",
+        "x",
+        "--measure.clip.name",
+        "ViT-B/32",
+        "--print_config",
+    ]
+    started = time.monotonic()
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert yaml.safe_load(printed)["measure"]["clip"]["name"] == "ViT-B/32", f"after {time.monotonic() - started:.1f} s"
