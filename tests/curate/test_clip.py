@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from curate.clip import OPENAI_NAMES, load, load_clip, weights_fingerprint
+from curate.errors import ConfigError, ModelError
+from tests.finetune.tiny import write_architecture
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    return str(write_architecture("tiny-vit", tmp_path))
+
+
+def test_embeddings_are_open_clips_features_normalised(tiny: str) -> None:
+    torch.manual_seed(0)
+    clip = load_clip(tiny, device="cpu")
+    images = [Image.new("RGB", (50, 40), colour) for colour in ("red", "green", "blue")]
+    with torch.no_grad():
+        image_features = clip.model.encode_image(torch.stack([clip.preprocess(image) for image in images]))
+        text_features = clip.model.encode_text(clip.tokenizer(["a cat", "a dog"]))
+    torch.testing.assert_close(
+        clip.embed_images(images), image_features / image_features.norm(dim=1, keepdim=True), atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(
+        clip.embed_captions(["a cat", "a dog"]),
+        text_features / text_features.norm(dim=1, keepdim=True),
+        atol=1e-6,
+        rtol=0,
+    )
+
+
+def test_the_papers_models_have_their_architectures_with_quickgelu() -> None:
+    known = open_clip.list_models()
+    assert len(OPENAI_NAMES) == 9
+    for name in OPENAI_NAMES.values():
+        assert name in known
+        assert open_clip.get_model_config(name)["quick_gelu"]
+        assert "openai" in open_clip.list_pretrained_tags_by_model(name)
+
+
+@pytest.mark.parametrize("name", ["ViT-B/32", "ViT-B-32", "ViT-B-32-quickgelu"])
+def test_openais_weights_are_never_loaded_into_the_plain_activation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="ViT-B-32-quickgelu, pretrained openai: not in the cache"):
+        load_clip(name, "openai")
+
+
+def test_weights_that_cannot_be_had_are_told_at_once_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"run `hf download timm/resnet50_clip\.openai`"):
+        load("RN50")
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "message"),
+    [
+        ("ViT-B-33", None, "no such architecture. Did you mean 'ViT-B-32'"),
+        ("ViT-B-32", "laion2b_s34b_b79", "neither a file nor a tag of ViT-B-32. Did you mean 'laion2b_s34b_b79k'"),
+    ],
+)
+def test_a_misspelt_name_is_answered_with_the_nearest(name: str, pretrained: str | None, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load_clip(name, pretrained)
+
+
+def test_a_model_configuration_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere/tiny\.json: no such file"):
+        load_clip("nowhere/tiny.json")
+
+
+def test_a_folder_without_a_model_says_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no open_clip_config\.json"):
+        load_clip(f"local-dir:{tmp_path}")
+
+
+def test_the_fingerprint_follows_the_weights(tmp_path: Path) -> None:
+    weights = tmp_path / "open_clip_model.safetensors"
+    weights.write_bytes(b"one")
+    before = weights_fingerprint(f"local-dir:{tmp_path}", None)
+    weights.write_bytes(b"two")
+    assert weights_fingerprint(f"local-dir:{tmp_path}", None) != before
+    assert weights_fingerprint("ViT-B/32", "openai") != weights_fingerprint("ViT-B/16", "openai")

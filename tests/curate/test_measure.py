@@ -1,0 +1,94 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from curate import measure
+from curate.clip import load_clip
+from curate.config import ClipConfig, MeasureConfig
+from curate.errors import ModelError
+from curate.shards import ShardWriter
+from tests.curate.fetching import encoded, photo
+from tests.finetune.tiny import write_architecture
+
+SCHEMA = pa.schema({"key": pa.string(), "caption": pa.string(), "status": pa.string()})
+CAPTIONS = ["a cat", "a dog", "a cat", None, "a bird", "a fish", "a dog"]
+
+
+def write_raw(out: Path, shard: int, first: int = 0) -> None:
+    with ShardWriter(out / "raw" / f"{shard:05d}", SCHEMA, made_from="test") as writer:
+        for number, caption in enumerate(CAPTIONS, start=first):
+            row = {"key": f"key{number:03d}", "caption": caption, "status": "success"}
+            writer.add(row, encoded(photo(number), "PNG"), "png")
+        writer.add({"key": f"key{first}gone", "caption": "x", "status": "failed_to_download"})
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> MeasureConfig:
+    """A tiny CLIP with the same random weights at each load."""
+    architecture = write_architecture("tiny-vit", tmp_path)
+    torch.manual_seed(0)
+    weights = tmp_path / "weights.pt"
+    torch.save(load_clip(str(architecture), device="cpu").model.state_dict(), weights)
+    return MeasureConfig(clip=ClipConfig(name=str(architecture), pretrained=str(weights), batch_size=3, device="cpu"))
+
+
+def signals(out: Path, shard: int = 0) -> pa.Table:
+    return pq.read_table(out / "signals" / f"{shard:05d}.parquet")
+
+
+def test_every_fetched_image_gets_its_embeddings_and_their_cosine(tmp_path: Path, config: MeasureConfig) -> None:
+    write_raw(tmp_path, 0)
+    assert measure.run(tmp_path, config).images == len(CAPTIONS)
+    rows = signals(tmp_path)
+    assert rows["key"].to_pylist() == [f"key{number:03d}" for number in range(len(CAPTIONS))]
+    clip = load_clip(config.clip.name, config.clip.pretrained, device="cpu")
+    images = [Image.open(io.BytesIO(encoded(photo(number), "PNG"))) for number in range(len(CAPTIONS))]
+    image_ND = clip.embed_images(images).double().numpy()
+    text_ND = clip.embed_captions([caption or "" for caption in CAPTIONS]).double().numpy()
+    np.testing.assert_allclose(rows["image_embedding"].to_pylist(), image_ND, atol=1e-3)
+    np.testing.assert_allclose(rows["text_embedding"].to_pylist(), text_ND, atol=1e-3)
+    np.testing.assert_allclose(rows["clip_score"].to_numpy(), (image_ND * text_ND).sum(1), atol=1e-5)
+    assert rows["image_embedding"].type.value_type == pa.float16()
+
+
+def test_only_shards_that_changed_are_measured_again(tmp_path: Path, config: MeasureConfig) -> None:
+    write_raw(tmp_path, 0)
+    write_raw(tmp_path, 1, first=20)
+    assert measure.run(tmp_path, config) == measure.MeasureResult(made=2, reused=0, images=14)
+    assert measure.run(tmp_path, config) == measure.MeasureResult(made=0, reused=2, images=0)
+    write_raw(tmp_path, 1, first=40)
+    assert measure.run(tmp_path, config) == measure.MeasureResult(made=1, reused=1, images=7)
+
+
+def test_other_weights_measure_everything_again(tmp_path: Path, config: MeasureConfig) -> None:
+    write_raw(tmp_path, 0)
+    measure.run(tmp_path, config)
+    state = torch.load(config.clip.pretrained, weights_only=True)  # noqa: TID251 - the test's own file
+    torch.save({name: value + 0.01 for name, value in state.items()}, config.clip.pretrained)
+    assert measure.run(tmp_path, config).made == 1
+
+
+def test_without_a_clip_there_are_no_signals(tmp_path: Path, config: MeasureConfig) -> None:
+    write_raw(tmp_path, 0)
+    measure.run(tmp_path, config)
+    measure.run(tmp_path, MeasureConfig())
+    assert not list((tmp_path / "signals").glob("*.parquet"))
+
+
+def test_a_shard_without_images_has_empty_signals(tmp_path: Path, config: MeasureConfig) -> None:
+    with ShardWriter(tmp_path / "raw" / "00000", SCHEMA, made_from="test") as writer:
+        writer.add({"key": "gone", "caption": "x", "status": "failed_to_download"})
+    measure.run(tmp_path, config)
+    assert signals(tmp_path).num_rows == 0
+
+
+def test_a_clip_that_cannot_be_loaded_is_one_clear_error(tmp_path: Path) -> None:
+    write_raw(tmp_path, 0)
+    with pytest.raises(ModelError, match="ViT-B-33"):
+        measure.run(tmp_path, MeasureConfig(clip=ClipConfig(name="ViT-B-33")))
