@@ -1,0 +1,251 @@
+"""What a user may write in a filter: one scalar DuckDB expression over the columns of a row, checked before it runs.
+
+An expression is parsed by DuckDB itself into a syntax tree, and only trees of the kinds below pass: no sub-query (and
+so no table, no file, no network), no window, no aggregate, nothing whose answer changes from run to run. The tree
+also names the columns: that decides what can be filtered before the download, what is loaded, and which values the
+ledger shows for a dropped row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import duckdb
+
+from curate.database import first_line, literal, quoted, scalar
+from curate.errors import ConfigError, did_you_mean
+from curate.filters import Dedup, Step, Top, Where
+
+PLAN_COLUMNS = {
+    "key": "VARCHAR",
+    "row": "BIGINT",
+    "url": "VARCHAR",
+    "caption": "VARCHAR",
+    "url_host": "VARCHAR",
+    "caption_chars": "BIGINT",
+    "caption_words": "BIGINT",
+}
+FETCH_COLUMNS = {
+    **dict.fromkeys(("status", "error_message", "sha256", "reason", "value", "format"), "VARCHAR"),
+    **dict.fromkeys(("width", "height", "original_width", "original_height"), "BIGINT"),
+    **dict.fromkeys(("http_status", "bytes", "phash"), "BIGINT"),
+    **dict.fromkeys(("luma_mean", "luma_std", "entropy", "aspect"), "DOUBLE"),
+}
+SIGNAL_COLUMNS = {"clip_score": "FLOAT"}
+
+_ALLOWED = frozenset(
+    (
+        "COLUMN_REF",
+        "CONSTANT",
+        "FUNCTION",
+        "OPERATOR",
+        "COMPARISON",
+        "CONJUNCTION",
+        "CASE",
+        "CAST",
+        "TYPE",
+        "BETWEEN",
+        "LAMBDA",
+    )
+)
+_REFUSED = {
+    "SUBQUERY": "a sub-query",
+    "WINDOW": "a window function",
+    "STAR": "a *",
+    "PARAMETER": "a parameter ($ or ?)",
+}
+# What the ledger shows of one value: enough to see why, not the whole of a long caption.
+_SHOWN_CHARS = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """A checked expression (or ORDER BY list): its text, and the columns it names, as they are spelled in the data."""
+
+    text: str
+    columns: tuple[str, ...]
+
+
+def scalar_expression(db: duckdb.DuckDBPyConnection, where: str, text: str, columns: Collection[str]) -> Expression:
+    """Check one scalar expression.
+
+    Args:
+        db: any connection; only its parser is used.
+        where: what to call the place in an error, such as `filters 'min_side'`.
+        text: the expression.
+        columns: the names it may use.
+
+    Raises:
+        ConfigError: a syntax error, an unknown column, or anything but a scalar expression over one row.
+    """
+    if not text.strip():
+        raise ConfigError(f"{where}: expected an expression over the columns, got nothing")
+    # The line break ends a comment that the text may end with.
+    node = _parse(db, where, text, f"SELECT ({text}\n)")
+    if node["from_table"]["type"] != "EMPTY" or node["where_clause"] or node["modifiers"]:
+        raise ConfigError(f"{where}: expected one expression over the columns, got '{_short(text)}'")
+    return _checked(db, where, text, node["select_list"], columns)
+
+
+def order_expression(db: duckdb.DuckDBPyConnection, where: str, text: str, columns: Collection[str]) -> Expression:
+    """Check an ORDER BY list, such as `width * height DESC, key`; raises ConfigError as `scalar_expression` does."""
+    node = _parse(db, where, text, f"SELECT 1 ORDER BY {text}\n")
+    if [modifier["type"] for modifier in node["modifiers"]] != ["ORDER_MODIFIER"]:
+        raise ConfigError(f"{where}: expected an order such as 'width * height DESC', got '{_short(text)}'")
+    orders = [order["expression"] for order in node["modifiers"][0]["orders"]]
+    return _checked(db, where, text, orders, columns)
+
+
+def step_expressions(db: duckdb.DuckDBPyConnection, step: Step, columns: Collection[str]) -> list[Expression]:
+    """The checked expressions of a step: of where, dedup and top; none for the others."""
+    if isinstance(step, Where):
+        return [scalar_expression(db, label(step), step.expression, columns)]
+    if isinstance(step, Top):
+        return [scalar_expression(db, label(step), step.by, columns)]
+    if isinstance(step, Dedup):
+        by = scalar_expression(db, label(step), quoted(step.by), columns)
+        return [by, order_expression(db, label(step), step.keep, columns)]
+    return []
+
+
+def check_steps(db: duckdb.DuckDBPyConnection, steps: Sequence[Step], types: dict[str, str]) -> None:
+    """Find every mistake in the filters that needs no data to be found: syntax, names, types that do not go together.
+
+    Args:
+        db: any connection.
+        steps: all steps.
+        types: DuckDB type of each column there will be.
+
+    Raises:
+        ConfigError: names the step, and what is wrong with it.
+    """
+    row = ", ".join(f"CAST(NULL AS {kind}) AS {quoted(name)}" for name, kind in types.items())
+    for step in steps:
+        for found in step_expressions(db, step, types):
+            clause = f"WHERE ({found.text}\n)" if isinstance(step, Where) else f"ORDER BY {found.text}\n"
+            with readable(label(step)):
+                db.execute(f"EXPLAIN SELECT 1 FROM (SELECT {row}) {clause}").fetchall()
+
+
+def label(step: Step) -> str:
+    """What a step is called in an error."""
+    return f"filters '{step.name}'"
+
+
+@contextmanager
+def readable(where: str) -> Iterator[None]:
+    """Turn what DuckDB says of a user's expression into one line that names the step."""
+    try:
+        yield
+    except (duckdb.OutOfMemoryException, duckdb.IOException):
+        raise
+    except duckdb.Error as error:
+        hint = "; TRY_CAST gives NULL instead" if isinstance(error, duckdb.ConversionException) else ""
+        raise ConfigError(f"{where}: {first_line(error)}{hint}") from error
+
+
+def watch_drops(db: duckdb.DuckDBPyConnection) -> None:
+    """Beside table `rows` (it has a column `row`), make table `drops`, and view `alive` of the rows not in it."""
+    db.execute(
+        "CREATE TABLE drops (row BIGINT, stage VARCHAR, step VARCHAR, reason VARCHAR, value VARCHAR, twin VARCHAR)"
+    )
+    db.execute("CREATE VIEW alive AS SELECT * FROM rows ANTI JOIN drops USING (row)")
+
+
+def drop_where(db: duckdb.DuckDBPyConnection, step: Where, *, stage: str, columns: Collection[str]) -> None:
+    """Add to `drops` the rows of `alive` for which the expression is false or NULL, and the values that decided."""
+    found = scalar_expression(db, label(step), step.expression, columns)
+    with readable(label(step)):
+        db.execute(
+            f"""INSERT INTO drops SELECT row, {literal(stage)}, {literal(step.name)}, 'where', {shown(found)}, NULL
+            FROM alive WHERE NOT coalesce(CAST(({found.text}\n) AS BOOLEAN), false)"""
+        )
+
+
+def shown(found: Expression) -> str:
+    """SQL for the values an expression was decided by: `width=120, height=90`."""
+    if not found.columns:
+        return literal(_short(found.text))
+    values = (
+        f"{literal(name + '=')} || coalesce(left(CAST({quoted(name)} AS VARCHAR), {_SHOWN_CHARS}), 'NULL')"
+        for name in found.columns
+    )
+    return f"concat_ws(', ', {', '.join(values)})"
+
+
+def _parse(db: duckdb.DuckDBPyConnection, where: str, text: str, statement: str) -> dict[str, Any]:
+    tree = json.loads(scalar(db, f"SELECT json_serialize_sql({literal(statement)})"))
+    if tree["error"]:
+        message = tree["error_message"] if tree["error_type"] == "parser" else "expected one expression"
+        raise ConfigError(f"{where}: '{_short(text)}': {message}")
+    nodes = [statement["node"] for statement in tree["statements"]]
+    if len(nodes) != 1 or nodes[0]["type"] != "SELECT_NODE":
+        raise ConfigError(f"{where}: expected one expression over the columns, got '{_short(text)}'")
+    return nodes[0]
+
+
+def _checked(
+    db: duckdb.DuckDBPyConnection, where: str, text: str, trees: list[dict[str, Any]], columns: Collection[str]
+) -> Expression:
+    nodes = [node for tree in trees for node in _walk(tree)]
+    for node in nodes:
+        if node["class"] not in _ALLOWED:
+            what = _REFUSED.get(node["class"], node["class"].lower())
+            raise ConfigError(f"{where}: {what} is not allowed; a filter sees the columns of one row")
+    _check_functions(db, where, {node["function_name"].lower() for node in nodes if node["class"] == "FUNCTION"})
+    lambdas = {
+        name for node in nodes if node["class"] == "LAMBDA" for left in _walk(node["lhs"]) for name in _names(left)
+    }
+    spelled = {name.lower(): name for name in columns}
+    used = dict.fromkeys(name for node in nodes for name in _names(node) if name not in lambdas)
+    for name in used:
+        if name.lower() not in spelled:
+            raise ConfigError(f"{where}: {_no_column(name, columns)}")
+    return Expression(text, tuple(dict.fromkeys(spelled[name.lower()] for name in used)))
+
+
+def _no_column(name: str, columns: Collection[str]) -> str:
+    if name.lower() in SIGNAL_COLUMNS:
+        return f"column '{name}' is there only when a CLIP measures it: set measure.clip.name"
+    return f"no column '{name}'.{did_you_mean(name, columns)}"
+
+
+def _check_functions(db: duckdb.DuckDBPyConnection, where: str, used: set[str]) -> None:
+    """Refuse what is not a function of the row alone, such as random(), now(), count(), current_setting()."""
+    unsteady = {
+        name
+        for (name,) in db.execute(
+            """SELECT DISTINCT function_name FROM duckdb_functions()
+            WHERE stability IN ('VOLATILE', 'CONSISTENT_WITHIN_QUERY') OR function_type = 'aggregate'"""
+        ).fetchall()
+    } | {"current_setting"}  # DuckDB 1.4 calls it steady
+    if found := sorted(used & unsteady):
+        raise ConfigError(
+            f"{where}: {found[0]}() is not allowed; a filter must give the same answer for a row each time"
+        )
+
+
+def _walk(tree: Any) -> Iterator[dict[str, Any]]:
+    """Every expression node of a syntax tree."""
+    if isinstance(tree, dict):
+        if "class" in tree:
+            yield tree
+        for child in tree.values():
+            yield from _walk(child)
+    elif isinstance(tree, list):
+        for child in tree:
+            yield from _walk(child)
+
+
+def _names(node: dict[str, Any]) -> list[str]:
+    """The column a node names; of `meta.lang`, a field of column `meta`, it is the first word."""
+    return node["column_names"][:1] if node["class"] == "COLUMN_REF" else []
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "…"

@@ -1,0 +1,326 @@
+import gzip
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from curate import plan
+from curate.config import PlanConfig
+from curate.errors import ConfigError, InputError
+from curate.filters import parse_steps
+
+ROWS = [
+    {"url": "http://a.test/1.jpg", "caption": 'commas, "quotes"\nand a second line', "score": 0.5},
+    {"url": " https://b.test/2.jpg\t", "caption": "zwei Wörter 🦊", "score": 1.5},
+    {"url": "http://c.test/3.jpg", "caption": "", "score": None},
+]
+
+
+def run(urls, out, filters=(), **config):
+    return plan.run(str(urls), out, PlanConfig(**config), parse_steps(filters))
+
+
+def candidates(out):
+    tables = [pq.read_table(path) for path in sorted((out / "plan").glob("[0-9]*.parquet"))]
+    return sorted((row for table in tables for row in table.to_pylist()), key=lambda row: row["row"])
+
+
+def drops(out):
+    return pq.read_table(out / "plan" / "dropped.parquet").to_pylist()
+
+
+def csv_text(rows):
+    def field(value):
+        return "" if value is None else '"' + str(value).replace('"', '""') + '"'
+
+    return "url,caption,score\n" + "".join(
+        ",".join(map(field, (r["url"], r["caption"], r["score"]))) + "\n" for r in rows
+    )
+
+
+def write(path: Path, rows=ROWS) -> Path:
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+        return path
+    text = {
+        ".csv": csv_text,
+        ".jsonl": lambda rows: "".join(json.dumps(row) + "\n" for row in rows),
+        ".json": json.dumps,
+    }[Path(name).suffix](rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def hashed(url, caption):
+    return hashlib.sha256(f"{url}\n{caption}".encode()).hexdigest()[:20]
+
+
+@pytest.mark.parametrize("name", ["l.csv", "l.csv.gz", "l.parquet", "l.json", "l.jsonl", "l.jsonl.gz", "odd[1]*.csv"])
+def test_every_form_of_list_gives_the_same_candidates(tmp_path, name):
+    result = run(write(tmp_path / name), tmp_path / "out")
+    assert (result.rows, result.candidates, result.dropped, result.made) == (3, 3, {}, True)
+    found = candidates(tmp_path / "out")
+    assert [row["url"] for row in found] == [row["url"].strip() for row in ROWS]
+    assert [row["caption"] for row in found] == [row["caption"] for row in ROWS]
+    assert [row["key"] for row in found] == [hashed(r["url"].strip(), r["caption"]) for r in ROWS]
+    assert [(row["caption_chars"], row["caption_words"]) for row in found] == [(34, 6), (13, 3), (0, 0)]
+    assert [row["url_host"] for row in found] == ["a.test", "b.test", "c.test"]
+    assert [row["score"] and float(row["score"]) for row in found] == [0.5, 1.5, None]
+
+
+def test_tsv_and_txt_are_read_line_by_line(tmp_path):
+    (tmp_path / "l.tsv").write_text('caption\turl\na, b "c"\thttp://a.test/1\n')
+    run(tmp_path / "l.tsv", tmp_path / "tsv")
+    assert [(r["url"], r["caption"]) for r in candidates(tmp_path / "tsv")] == [("http://a.test/1", 'a, b "c"')]
+    (tmp_path / "l.txt").write_bytes(b'http://a.test/"1",2\r\n\r\n#http\r\nhttp://a.test/\xc3\xa9 x\r\n')
+    result = run(tmp_path / "l.txt", tmp_path / "txt")
+    assert [(r["row"], r["url"]) for r in candidates(tmp_path / "txt")] == [
+        (0, 'http://a.test/"1",2'),
+        (3, "http://a.test/é x"),
+    ]
+    assert result.dropped == {"bad_url": 1, "empty_url": 1}
+
+
+def test_rows_are_numbered_over_the_files_of_a_folder_in_sorted_order(tmp_path):
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    rows = [{"url": f"http://a.test/{n}", "caption": str(n)} for n in range(25_000)]
+    pq.write_table(pa.Table.from_pylist(rows[:20_000]), folder / "a.parquet", row_group_size=3_000)
+    pq.write_table(pa.Table.from_pylist(rows[20_000:]), folder / "b.parquet")
+    (folder / "notes.md").write_text("not a list")
+    run(folder, tmp_path / "out", shard_size=25_000)
+    table = pq.read_table(tmp_path / "out" / "plan" / "00000.parquet").sort_by("row")
+    assert table["caption"].to_pylist() == [row["caption"] for row in rows]
+    run(f"{folder}/*.parquet", tmp_path / "again", shard_size=25_000)
+    again = pq.read_table(tmp_path / "again" / "plan" / "00000.parquet").sort_by("row")
+    assert again.equals(table)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["http://a.test/1", "https://b.test/ä", "", "  ", "ftp://x/y", "nonsense"])
+            | st.text(max_size=12),
+            st.text(max_size=30),
+        ),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_any_list_every_row_is_a_candidate_or_dropped_once_under_a_key_of_its_own(tmp_path, pairs):
+    pairs = [(u.encode("utf-8", "ignore").decode(), c.encode("utf-8", "ignore").decode()) for u, c in pairs]
+    urls = tmp_path / "l.parquet"
+    pq.write_table(pa.table({"url": [u for u, _ in pairs], "caption": [c for _, c in pairs]}), urls)
+    result = run(urls, tmp_path / "out", shard_size=3)
+    rows = candidates(tmp_path / "out") + drops(tmp_path / "out")
+    assert sorted(row["row"] for row in rows) == list(range(len(pairs)))
+    assert len({row["key"] for row in rows}) == len(pairs)
+    assert result.rows == len(pairs) == result.candidates + sum(result.dropped.values())
+    assert [row["caption"] for row in sorted(rows, key=lambda row: row["row"])] == [c for _, c in pairs]
+
+
+def test_bad_urls_are_dropped_each_for_its_reason(tmp_path):
+    expected = {
+        "": ("empty_url", None),
+        " \u00a0\t": ("empty_url", None),
+        "a.test/1.jpg": ("bad_url", "a.test/1.jpg"),
+        "a.test:80/1.jpg": ("bad_url", "a.test:80/1.jpg"),
+        "http:///1.jpg": ("bad_url", "http:///1.jpg"),
+        "http://": ("bad_url", "http://"),
+        "http://a.test/\x01": ("bad_url", "http://a.test/\x01"),
+        "ftp://a.test/1.jpg": ("blocked_scheme", "ftp"),
+        "FILE:///etc/passwd": ("blocked_scheme", "file"),
+        "data:image/png;base64,iVBO": ("blocked_scheme", "data"),
+        "JavaScript:alert(1)": ("blocked_scheme", "javascript"),
+    }
+    pq.write_table(pa.table({"url": list(expected), "caption": ["x"] * len(expected)}), tmp_path / "l.parquet")
+    run(tmp_path / "l.parquet", tmp_path / "out")
+    assert {row["url"]: (row["reason"], row["value"]) for row in drops(tmp_path / "out") if row["url"]} == {
+        url: fate for url, fate in expected.items() if url.strip()
+    }
+    assert [row["reason"] for row in drops(tmp_path / "out")][:2] == ["empty_url", "empty_url"]
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("HTTP://A.Test:80/x", "a.test"),
+        ("https://user:pass@b.test/x", "b.test"),
+        ("http://[::1]:8080/x", "[::1]"),
+        ("http://c.test?q", "c.test"),
+        ("http://bücher.test/a b", "bücher.test"),
+    ],
+)
+def test_the_host_is_what_would_be_asked(tmp_path, url, host):
+    (tmp_path / "l.txt").write_text(url)
+    run(tmp_path / "l.txt", tmp_path / "out")
+    assert [row["url_host"] for row in candidates(tmp_path / "out")] == [host]
+
+
+def test_a_repeated_pair_is_dropped_with_the_first_as_twin_and_another_caption_is_not(tmp_path):
+    rows = [("http://a.test/1", "x"), ("http://a.test/1 ", "x"), ("http://a.test/1", "y"), ("http://a.test/1", "x")]
+    pq.write_table(pa.table({"url": [u for u, _ in rows], "caption": [c for _, c in rows]}), tmp_path / "l.parquet")
+    run(tmp_path / "l.parquet", tmp_path / "out")
+    first = hashed("http://a.test/1", "x")
+    assert [row["key"] for row in candidates(tmp_path / "out")] == [first, hashed("http://a.test/1", "y")]
+    assert [(r["key"], r["row"], r["reason"], r["twin"]) for r in drops(tmp_path / "out")] == [
+        (f"{first}-2", 1, "duplicate_row", first),
+        (f"{first}-3", 3, "duplicate_row", first),
+    ]
+
+
+def test_a_url_with_a_line_break_does_not_take_the_key_of_another_pair(tmp_path):
+    rows = [("http://a.test/1\nb", "c"), ("http://a.test/1", "b\nc")]
+    pq.write_table(pa.table({"url": [u for u, _ in rows], "caption": [c for _, c in rows]}), tmp_path / "l.parquet")
+    run(tmp_path / "l.parquet", tmp_path / "out")
+    assert [(row["row"], row["key"]) for row in candidates(tmp_path / "out")] == [(1, hashed(*rows[1]))]
+    assert [row["reason"] for row in drops(tmp_path / "out")] == ["bad_url"]
+
+
+def test_where_steps_over_the_lists_columns_are_applied_before_the_download(tmp_path):
+    filters = [
+        {"name": "words", "where": "caption_words >= 1"},
+        {"name": "pixels", "where": "width >= 200"},
+        {"name": "score", "where": "TRY_CAST(score AS DOUBLE) < 1 -- of the list"},
+        {"name": "exact", "dedup": {"by": "sha256"}},
+        {"name": "late", "where": "caption_chars > 1000"},
+    ]
+    result = run(write(tmp_path / "l.csv"), tmp_path / "out", filters)
+    assert [(row["row"], row["step"], row["reason"], row["value"]) for row in drops(tmp_path / "out")] == [
+        (1, "score", "where", "score=1.5"),
+        (2, "words", "where", "caption_words=0"),
+    ]
+    assert (result.candidates, result.dropped) == (1, {"where": 2})
+
+
+def test_a_predicate_that_is_null_drops_the_row_and_shows_null(tmp_path):
+    run(write(tmp_path / "l.parquet"), tmp_path / "out", [{"name": "score", "where": "score > 0 AND caption <> 'x'"}])
+    assert [row["value"] for row in drops(tmp_path / "out")] == ["score=NULL, caption="]
+
+
+def test_columns_of_the_list_are_carried_and_renamed_where_ours_have_the_name(tmp_path):
+    row = {
+        "URL": "http://a.test/1",
+        "TEXT": "x",
+        "Width": 5,
+        "similarity": 0.25,
+        "tags": ["a", None],
+        "meta": {"lang": "de"},
+        "taken": "2020-1-5",
+        "list_Width": 6,
+        "kept": True,
+    }
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "l.parquet")
+    run(tmp_path / "l.parquet", tmp_path / "out")
+    (found,) = candidates(tmp_path / "out")
+    carried = {name: value for name, value in found.items() if name not in plan.PLAN_COLUMNS}
+    assert carried == {
+        "list_list_Width": 5,
+        "similarity": 0.25,
+        "tags": '["a",null]',
+        "meta": '{"lang":"de"}',
+        "taken": "2020-1-5",
+        "list_Width": 6,
+        "list_kept": True,
+    }
+
+
+def test_json_text_that_looks_like_a_date_stays_as_it_is_written(tmp_path):
+    (tmp_path / "l.jsonl").write_text('{"url": "http://a.test/1", "caption": "2020-1-5", "day": "2020-1-5"}\n')
+    run(tmp_path / "l.jsonl", tmp_path / "out")
+    assert [(row["caption"], row["day"]) for row in candidates(tmp_path / "out")] == [("2020-1-5", "2020-1-5")]
+
+
+def test_named_columns_win_over_usual_names(tmp_path):
+    (tmp_path / "l.csv").write_text("url,text,thumb,label\nhttp://a.test/big,t,http://a.test/small,l\n")
+    run(tmp_path / "l.csv", tmp_path / "out", url_column="thumb", caption_column="Label")
+    assert [(r["url"], r["caption"]) for r in candidates(tmp_path / "out")] == [("http://a.test/small", "l")]
+
+
+def test_candidates_are_spread_over_files_by_url_and_sorted_by_key(tmp_path):
+    rows = [{"url": f"http://a.test/{n % 90}", "caption": str(n)} for n in range(100)]
+    result = run(write(tmp_path / "l.parquet", rows), tmp_path / "out", shard_size=30)
+    files = sorted((tmp_path / "out" / "plan").glob("[0-9]*.parquet"))
+    assert len(files) == math.ceil(result.candidates / 30) == 4
+    where = {}
+    for path in files:
+        table = pq.read_table(path)
+        assert table["key"].to_pylist() == sorted(table["key"].to_pylist())
+        for url in table["url"].to_pylist():
+            assert where.setdefault(url, path) == path
+    assert len(set(where.values())) == 4
+
+
+def test_an_unchanged_plan_is_left_alone_and_a_changed_one_is_made_again(tmp_path):
+    rows = [{"url": f"http://a.test/{n}", "caption": f"{n} x"} for n in range(20)]
+    urls, out = write(tmp_path / "l.parquet", rows), tmp_path / "out"
+    first = run(urls, out, shard_size=5)
+    stamps = {path: path.stat().st_mtime_ns for path in (out / "plan").iterdir()}
+    again = run(urls.rename(tmp_path / "moved.parquet"), out, shard_size=5)
+    assert (again.made, again.rows, again.candidates) == (False, first.rows, first.candidates)
+    assert {path: path.stat().st_mtime_ns for path in (out / "plan").iterdir()} == stamps
+    (out / "plan" / "00001.parquet").unlink()
+    assert run(tmp_path / "moved.parquet", out, shard_size=5).made
+    fewer = run(tmp_path / "moved.parquet", out, [{"name": "few", "where": "row < 8"}], shard_size=5)
+    assert (fewer.candidates, len(list((out / "plan").glob("[0-9]*.parquet")))) == (8, 2)
+
+
+def test_the_same_list_gives_the_same_bytes(tmp_path):
+    rows = [{"url": f"http://a.test/{n}", "caption": f"{n} x"} for n in range(300)]
+    urls = write(tmp_path / "l.parquet", rows)
+    for name in ("one", "two"):
+        run(urls, tmp_path / name, shard_size=100)
+    one, two = (sorted((tmp_path / name / "plan").iterdir()) for name in ("one", "two"))
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+
+
+def test_a_filter_that_cannot_work_is_told_before_any_request(tmp_path):
+    urls = write(tmp_path / "l.csv")
+    with pytest.raises(ConfigError, match=r"filters 'late': no column 'widht'\. Did you mean 'width'\?"):
+        run(urls, tmp_path / "out", [{"name": "late", "where": "widht > 3"}])
+    with pytest.raises(ConfigError, match=r"filters 'odd': .*VARCHAR, INTERVAL"):
+        run(urls, tmp_path / "out", [{"name": "odd", "where": "sha256 + interval 1 day > width"}])
+    with pytest.raises(ConfigError, match=r"filters 'near': no column 'phsh'\. Did you mean 'phash'\?"):
+        run(urls, tmp_path / "out", [{"name": "near", "dedup": {"by": "phsh"}}])
+    with pytest.raises(ConfigError, match=r"filters 'cast'.*TRY_CAST"):
+        run(urls, tmp_path / "out", [{"name": "cast", "where": "CAST(caption AS INTEGER) > 3"}])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("l.parquet", b"PAR1 this is none", "cannot be read as parquet"),
+        ("l.csv", b"a,b\n1,2\n", r"none of its columns \(a, b\) is named url"),
+        ("l.csv", b"url,x\nhttp://a.test,2\n", r"named caption.*plan.caption_column"),
+        ("l.csv", b"url,caption\nhttp://a.test/\xff\xfe,x\n", "cannot be read as csv"),
+        ("l.jsonl", b'{"url": "http://a.test"\n', "cannot be read as json"),
+        ("l.json", b"[1, 2]", "expected JSON objects"),
+        ("l.csv", b"url,caption\n", "has no rows"),
+        ("l.docx", b"x", "unknown files; expected files of one form"),
+    ],
+)
+def test_a_list_that_cannot_be_read_is_told_in_one_line(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=says) as error:
+        run(tmp_path / name, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert name in str(error.value)
+
+
+def test_a_list_that_is_not_there_or_mixed_is_told(tmp_path):
+    with pytest.raises(InputError, match="no list there"):
+        run(tmp_path / "nothing.csv", tmp_path / "out")
+    write(tmp_path / "l.csv")
+    write(tmp_path / "l.parquet")
+    with pytest.raises(InputError, match="csv, parquet files; expected files of one form"):
+        run(tmp_path, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"plan.url_column: .* no column 'urll'\. Did you mean 'url'\?"):
+        run(tmp_path / "l.csv", tmp_path / "out", url_column="urll")
