@@ -59,8 +59,8 @@ class Decontaminate:
 class Relevance:
     """Keep the rows whose image is nearest the prompts and example images.
 
-    score = greatest cosine to the positives (prompt embeddings, and the mean of the examples' embeddings) minus the
-    mean cosine to `against`.
+    score = greatest cosine to a prompt − mean cosine to `against`; or greatest cosine to an example image; with both,
+    the mean of the two.
     keep: share of the rows that are still there to keep; threshold: least score; exactly one of the two.
     """
 

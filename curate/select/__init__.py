@@ -1,0 +1,235 @@
+"""The filter list, run over all that was fetched: who stays, who goes and why, in which split → `ledger.parquet`.
+
+Signals are columns, filters are SQL. The steps run in order in one locked DuckDB, out of core; each adds to a table
+of drops. See docs/filters.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import duckdb
+
+from curate.config import ClipConfig, PackConfig, SelectConfig
+from curate.database import (
+    SPILL,
+    arrow_batches,
+    column_types,
+    connect,
+    create_in_parts,
+    enough_memory,
+    files,
+    parts,
+    quoted,
+    scalar,
+)
+from curate.errors import ConfigError, InputError
+from curate.expressions import (
+    FETCH_COLUMNS,
+    SIGNAL_COLUMNS,
+    drop_where,
+    label,
+    step_expressions,
+    watch_drops,
+)
+from curate.filters import Decontaminate, Dedup, Relevance, Sample, Step, Top, Where
+from curate.ledger import ledger_schema
+from curate.progress import progress
+from curate.select import decontaminate, dedup, relevance
+from curate.select.groups import find_groups, place
+from curate.select.pictures import find, identity
+from curate.select.ranked import apply_sample, apply_top
+from curate.select.retain import find_retainable
+from curate.select.selection import Selection
+from curate.shards import SPLITS, digest, fingerprint, made_from, sweep, write_batches
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SelectResult:
+    """What `run` decided.
+
+    Attributes:
+        kept: rows in each split.
+        dropped: rows dropped, by (stage, step, reason), of all stages.
+        made: whether the ledger was written; False if it was there and up to date.
+    """
+
+    kept: dict[str, int]
+    dropped: dict[tuple[str, str, str], int]
+    made: bool
+
+
+def run(
+    out: Path, steps: Sequence[Step], config: SelectConfig, pack: PackConfig, clip: ClipConfig | None, seed: int
+) -> SelectResult:
+    """Write `out/ledger.parquet`: every row of the list once, kept in a split or dropped by a step.
+
+    Args:
+        out: the dataset's folder, planned, fetched and, if there is a CLIP, measured.
+        steps: the filters, in order.
+        config: limits of the database.
+        pack: shares of the splits.
+        clip: what measured the embeddings; None if nothing did.
+        seed: of sample, splits and retain.
+
+    Raises:
+        ConfigError: a step names a column, file or measure that is not there, or an expression is wrong.
+        InputError: a stage before this one has not run to its end.
+    """
+    sweep(out)
+    ledger = out / "ledger.parquet"
+    plan, raw, signals = _stage_files(out, clip)
+    inputs = [digest(path) for path in (*plan, out / "plan" / "dropped.parquet", *raw, *signals)]
+    made = fingerprint("select", FORMAT, inputs, _identity(steps, clip), [pack.val, pack.test, pack.retain], seed)
+    if made_from(ledger) != made:
+        allowed = [out / "plan", out / "raw", out / "signals"]
+        with (
+            enough_memory(config.memory_limit),
+            connect(config.memory_limit, config.threads, out / SPILL, allowed) as db,
+        ):
+            selection = Selection(db, signals, clip, seed)
+            _load(selection, out, plan, raw, steps)
+            _decide(selection, steps, pack)
+            _write(selection, ledger, made)
+        return _count(ledger, made=True)
+    return _count(ledger, made=False)
+
+
+def apply(selection: Selection, step: Step) -> None:
+    """Run one step: add the rows it drops to table `drops`."""
+    match step:
+        case Where():
+            drop_where(selection.db, step, stage="select", columns=selection.columns)
+        case Dedup():
+            dedup.apply(selection, step)
+        case Decontaminate():
+            decontaminate.apply(selection, step)
+        case Relevance():
+            relevance.apply(selection, step)
+        case Top():
+            apply_top(selection, step)
+        case Sample():
+            apply_sample(selection, step)
+
+
+def _stage_files(out: Path, clip: ClipConfig | None) -> tuple[list[Path], list[Path], list[Path]]:
+    """Files of plan, raw and signals; the stages before must have run."""
+    plan, raw, signals = (sorted((out / stage).glob("[0-9]*.parquet")) for stage in ("plan", "raw", "signals"))
+    if not (out / "plan" / "dropped.parquet").exists():
+        raise InputError(f"{out / 'plan'}: not planned to the end; run `curate plan` first")
+    if [path.name for path in plan] != [path.name for path in raw]:
+        raise InputError(f"{out / 'raw'}: {len(raw)} of {len(plan)} shards; run `curate fetch` first")
+    if clip is not None and [path.name for path in signals] != [path.name for path in raw]:
+        raise InputError(f"{out / 'signals'}: {len(signals)} of {len(raw)} files; run `curate measure` first")
+    return plan, raw, signals if clip is not None else []
+
+
+def _identity(steps: Sequence[Step], clip: ClipConfig | None) -> list[object]:
+    """All that the steps depend on beside the stages' files: the steps, the images they name, the CLIP."""
+    parts: list[object] = [(type(step).__name__, asdict(step)) for step in steps]
+    for step in steps:
+        named = step.against if isinstance(step, Decontaminate) else [getattr(step, "images", None)]
+        parts += [identity(find(label(step), text)) for text in named if text]
+    if clip is not None and any(isinstance(step, Relevance | Decontaminate) for step in steps):
+        from curate.clip import weights_fingerprint
+
+        parts.append(weights_fingerprint(clip.name, clip.pretrained))
+    return parts
+
+
+def _load(selection: Selection, out: Path, plan: list[Path], raw: list[Path], steps: Sequence[Step]) -> None:
+    """Make tables `rows` (what the steps name of raw, no more) and `planned_drops`; `drops` gets what did not come."""
+    db = selection.db
+    dropped = f"read_parquet({files([out / 'plan' / 'dropped.parquet'])})"
+    db.execute(f"CREATE TABLE planned_drops AS SELECT key, row, url, caption, step, reason, value, twin FROM {dropped}")
+    sources = [_source(out, part, selection.clip is not None) for part in parts(raw)] or [_no_source(db, dropped)]
+    types = column_types(db, sources[0])
+    needed = {"key", "row", "url", "caption", "status", "sha256", "phash", "reason", "value"}
+    for step in steps:
+        needed |= {name for found in step_expressions(db, step, types) for name in found.columns}
+    if any(isinstance(step, Relevance) or getattr(step, "similarity", None) for step in steps) and not selection.clip:
+        raise ConfigError("filters: relevance and similarity compare embeddings: set measure.clip.name")
+    columns = ", ".join(quoted(name) for name in types if name in needed)
+    create_in_parts(db, "rows", (f"SELECT {columns} FROM {source}" for source in sources))
+    lacking = sum(
+        scalar(db, f"SELECT count(*) FROM read_parquet({files(part)}) ANTI JOIN rows USING (key, row)")
+        for part in parts(plan)
+    )
+    if lacking:
+        raise InputError(f"{out / 'raw'}: lacks {lacking} of the candidates in plan; run `curate fetch` first")
+    watch_drops(db)
+    db.execute("""
+        INSERT INTO drops SELECT row, 'fetch', 'fetch', coalesce(reason, status), value, NULL
+        FROM rows WHERE status IS DISTINCT FROM 'success'""")
+
+
+def _source(out: Path, raw: list[Path], measured: bool) -> str:
+    """SQL for all that is known of the candidates in some raw shards."""
+    source = f"read_parquet({files(raw)})"
+    if measured:
+        scores = files([out / "signals" / path.name for path in raw])
+        source = f"(SELECT * FROM {source} LEFT JOIN (SELECT key, clip_score FROM read_parquet({scores})) USING (key))"
+    return source
+
+
+def _no_source(db: duckdb.DuckDBPyConnection, dropped: str) -> str:
+    """SQL for no row, but all the columns, so that the filters can be checked where plan dropped all."""
+    types = {**column_types(db, dropped), **FETCH_COLUMNS, **SIGNAL_COLUMNS}
+    nulls = ", ".join(f"CAST(NULL AS {kind}) AS {quoted(name)}" for name, kind in types.items())
+    return f"(SELECT {nulls} WHERE false)"
+
+
+def _decide(selection: Selection, steps: Sequence[Step], pack: PackConfig) -> None:
+    with progress("select", len(steps)) as advance:
+        for step in steps:
+            apply(selection, step)
+            advance()
+    find_retainable(selection, steps, apply)
+    find_groups(selection)
+    place(selection, pack)
+
+
+def _write(selection: Selection, ledger: Path, made: str) -> None:
+    db = selection.db
+    db.execute("""
+        CREATE TABLE ledger AS
+        SELECT key, row, url, caption, split IS NOT NULL AS kept, split, stage, step, out.reason, out.value, twin,
+            duplicate_group
+        FROM rows LEFT JOIN placed USING (row) JOIN grouped USING (row)
+            LEFT JOIN (SELECT * FROM drops ANTI JOIN placed USING (row)) out USING (row)
+        UNION ALL
+        SELECT key, row, url, caption, false, NULL, 'plan', step, reason, value, twin, duplicate_group
+        FROM planned_drops JOIN grouped USING (row)""")
+    _check(db)
+    schema = ledger_schema()
+    batches = arrow_batches(db, f"SELECT {', '.join(schema.names)} FROM ledger ORDER BY row")
+    write_batches((batch.cast(schema) for batch in batches), schema, ledger, made_from=made)
+
+
+def _check(db: duckdb.DuckDBPyConnection) -> None:
+    """Every row in = one line in the ledger, either kept in a split or dropped by a step for a reason."""
+    num_rows = scalar(db, "SELECT (SELECT count(*) FROM rows) + (SELECT count(*) FROM planned_drops)")
+    lines, rows, keys, sound = db.execute("""
+        SELECT count(*), count(DISTINCT row), count(DISTINCT key),
+            count_if(kept = (reason IS NULL) AND kept = (split IS NOT NULL))
+        FROM ledger""").fetchall()[0]
+    assert lines == rows == keys == sound == num_rows, f"ledger: {lines=} {rows=} {keys=} {sound=} {num_rows=}"
+
+
+def _count(ledger: Path, *, made: bool) -> SelectResult:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(ledger, columns=["split", "stage", "step", "reason"])
+    counts = table.group_by(["split", "stage", "step", "reason"]).aggregate([([], "count_all")]).to_pylist()
+    kept = dict.fromkeys(SPLITS, 0)
+    dropped = {}
+    for count in counts:
+        if count["split"]:
+            kept[count["split"]] = count["count_all"]
+        else:
+            dropped[count["stage"], count["step"], count["reason"]] = count["count_all"]
+    return SelectResult(kept, dict(sorted(dropped.items())), made)

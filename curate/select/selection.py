@@ -1,0 +1,107 @@
+"""What every filter step works on: the rows in a locked database, and the embeddings beside them.
+
+Table `rows` has a line for each fetched candidate; `drops` one for each that is out, with the step, reason and value;
+view `alive` is the rest. A step reads `alive` and adds to `drops`; so the first step that drops a row is the one the
+ledger names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+
+from curate.config import ClipConfig
+from curate.database import column_types
+from curate.errors import ConfigError, InputError, ModelError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    from curate.clip import Clip
+
+
+@dataclass
+class Selection:
+    """The state of one selection.
+
+    Attributes:
+        db: with `rows`, `drops` and `alive`.
+        signals: the files with the embeddings, none if no CLIP measured.
+        clip: the CLIP that made them.
+        seed: of every random choice.
+    """
+
+    db: duckdb.DuckDBPyConnection
+    signals: list[Path]
+    clip: ClipConfig | None
+    seed: int
+
+    @property
+    def columns(self) -> list[str]:
+        """Names that an expression may use."""
+        return list(column_types(self.db, "alive"))
+
+    @property
+    def batch_size(self) -> int:
+        """Images encoded at once."""
+        return self.clip.batch_size if self.clip else 1
+
+    @cached_property
+    def loaded_clip(self) -> Clip:
+        """The CLIP itself, loaded once for all steps."""
+        from curate.clip import load_clip
+
+        if self.clip is None:
+            raise ConfigError("filters: a step compares embeddings, but no CLIP measures them: set measure.clip.name")
+        return load_clip(self.clip.name, self.clip.pretrained, device=self.clip.device)
+
+    def embeddings(self) -> Iterator[tuple[pa.Array, np.ndarray]]:
+        """For each signals file, the keys and the image embeddings, float32 (N, D)."""
+        for path in self.signals:
+            yield read_embeddings(path)
+
+    def insert(self, table: pa.Table, query: str) -> None:
+        """Run an INSERT INTO drops that reads `table` under the name `found`."""
+        self.db.register("found", table)
+        try:
+            self.db.execute(f"INSERT INTO drops {query}")
+        finally:
+            self.db.unregister("found")
+
+
+def read_embeddings(path: Path) -> tuple[pa.Array, np.ndarray]:
+    """Keys and image embeddings, float32 (N, D), of a signals file; rows without one are left out.
+
+    Raises:
+        InputError: the file has no embeddings.
+    """
+    import numpy as np
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    if "image_embedding" not in table.column_names:
+        raise InputError(f"{path}: no column 'image_embedding'; run `curate measure` again")
+    table = table.filter(pc.is_valid(table["image_embedding"])).combine_chunks()
+    flat = pc.list_flatten(table["image_embedding"]).to_numpy()
+    width = len(flat) // table.num_rows if table.num_rows else 0
+    return table["key"], flat.astype(np.float32).reshape(table.num_rows, width)
+
+
+def same_width(embeddings: np.ndarray, reference: np.ndarray, path: Any) -> None:
+    """Check that two sets of embeddings can be of one CLIP.
+
+    Raises:
+        ModelError: their widths differ.
+    """
+    if len(embeddings) and embeddings.shape[1] != reference.shape[1]:
+        raise ModelError(
+            f"{path}: embeddings of width {embeddings.shape[1]}, but measure.clip gives {reference.shape[1]}; "
+            "run `curate measure` again"
+        )

@@ -1,0 +1,90 @@
+import time
+
+import numpy as np
+import pytest
+
+from curate.select.near import connected_components, near_pairs
+
+
+def hashes_with_neighbours(seed, size, flips):
+    """Random hashes, and copies of half of them with up to `flips` bits flipped."""
+    random = np.random.default_rng(seed)
+    fresh = random.integers(0, 2**64, size, dtype=np.uint64)
+    copies = fresh[: size // 2].copy()
+    for _ in range(flips):
+        copies ^= np.where(random.random(len(copies)) < 0.7, 1, 0).astype(np.uint64) << random.integers(
+            0, 64, len(copies), dtype=np.uint64
+        )
+    return np.concatenate([fresh, copies])
+
+
+def brute_force(queries, base, distance):
+    differing = np.array([[(int(a) ^ int(b)).bit_count() for b in base] for a in queries]).reshape(
+        len(queries), len(base)
+    )
+    i, j = np.nonzero(differing <= distance)
+    return i, j, differing[i, j]
+
+
+@pytest.mark.parametrize("distance", [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 31, 64])
+@pytest.mark.parametrize("size", [40, 400])
+def test_pairs_within_a_distance_are_those_of_comparing_all_with_all(distance, size):
+    base = hashes_with_neighbours(distance, size, flips=9)
+    queries = base[::3]
+    for got, expected in zip(near_pairs(queries, base, distance), brute_force(queries, base, distance), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("distance", [0, 4, 6])
+def test_pairs_are_complete_where_many_hashes_share_their_bands(distance):
+    random = np.random.default_rng(1)
+    base = random.integers(0, 2**14, 3_000, dtype=np.uint64)  # 50 equal bits: all in one bucket of most bands
+    i, j, bits = near_pairs(base[:200], base, distance)
+    for got, expected in zip((i, j, bits), brute_force(base[:200], base, distance), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0)])
+def test_nothing_is_near_nothing(sizes):
+    queries, base = (np.arange(size, dtype=np.uint64) for size in sizes)
+    assert [len(part) for part in near_pairs(queries, base, 6)] == [0, 0, 0]
+
+
+def slow_components(edges, size):
+    label = list(range(size))
+    changed = True
+    while changed:
+        changed = False
+        for a, b in edges:
+            low = min(label[a], label[b])
+            changed |= label[a] != low or label[b] != low
+            label[a] = label[b] = low
+    return label
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_components_are_those_of_spreading_the_smallest_label(seed):
+    random = np.random.default_rng(seed)
+    a, b = random.integers(0, 120, (2, 20 * seed))
+    assert connected_components(a, b, 120).tolist() == slow_components(list(zip(a, b, strict=True)), 120)
+
+
+def test_a_long_chain_is_one_component():
+    order = np.random.default_rng(0).permutation(20_000)
+    assert not connected_components(order[:-1], order[1:], 20_000).any()
+
+
+def test_two_hundred_thousand_hashes_are_paired_in_bounded_memory():
+    import tracemalloc
+
+    base = hashes_with_neighbours(0, 133_334, flips=2)
+    tracemalloc.start()
+    started = time.process_time()
+    i, j, _ = near_pairs(base, base, 6)
+    seconds, (_, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert set(zip(range(66_667), range(133_334, 200_001), strict=True)) <= set(
+        zip(i.tolist(), j.tolist(), strict=True)
+    )
+    assert peak < 500e6, f"{peak / 1e6:.0f} MB"
+    assert seconds < 60
