@@ -1,4 +1,5 @@
-"""What a user can set for `finetune`: frozen dataclasses, checked when made, in the shape Lightning users know: trainer, model, data.
+"""What a user can set for `finetune`: frozen dataclasses, checked when made, in the shape Lightning users know:
+trainer, model, data.
 
 No heavy import here: help and mistakes answer at once.
 """
@@ -56,7 +57,8 @@ class ClipConfig:
     """The CLIP to start from."""
 
     name: str = "ViT-B-32"
-    """open_clip architecture, OpenAI's name (ViT-B/32), local-dir:FOLDER, hf-hub:ID, or the path of an open_clip model configuration (.json)."""
+    """open_clip architecture, OpenAI's name (ViT-B/32), local-dir:FOLDER, hf-hub:ID, or the path of an open_clip
+    model configuration (.json)."""
     pretrained: str | None = "openai"
     """open_clip tag, path of a weights file, or null: random weights (training from scratch)."""
 
@@ -74,7 +76,8 @@ class AdapterConfig:
     dropout: float = 0.0
     """Dropout on the LoRA path's input."""
     targets: list[str] = field(default_factory=lambda: ["q", "k", "v", "out", "fc", "proj"])
-    """Which projections get LoRA: q, k, v, out of the attention, fc and proj of the MLP; conv (and the downsampling) and pool (attention pool) of a ResNet."""
+    """Which projections get LoRA: q, k, v, out of the attention, fc and proj of the MLP; conv (and the
+    downsampling) and pool (attention pool) of a ResNet."""
     lock: list[Literal["image", "text"]] = field(default_factory=list)
     """Towers that stay as they are (LiT: [image]): in eval mode, without gradient."""
     train_logit_scale: bool = True
@@ -172,11 +175,13 @@ class EvaluateConfig:
     zero_shot: dict[str, ZeroShotConfig] = field(default_factory=dict)
     """Named zero-shot classification sets."""
     retrieval: dict[str, Path] = field(default_factory=dict)
-    """Named further datasets for image–caption retrieval; the val and retain splits of the training dataset are always there, as `val` and `retain`."""
+    """Named further datasets for image–caption retrieval; the val and retain splits of the training dataset are
+    always there, as `val` and `retain`."""
     max_retrieval: int = 5_000
     """Most pairs of a retrieval set; a seeded sample of a larger one."""
     monitor: str | None = None
-    """Metric that picks the best checkpoint, such as zero_shot/digits/top1; null: val/image_to_text/recall@1, or the last step if there is no val split."""
+    """Metric that picks the best checkpoint, such as zero_shot/digits/top1; null: val/image_to_text/recall@1, or
+    the last step if there is no val split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +192,8 @@ class FitConfig:
     """Folder of the run. The same command again continues it."""
     seed_everything: int = 0
     """Seed of all randomness."""
+    checkpoint_every_n_steps: int = 200
+    """Save checkpoints/last.ckpt every so many steps, and at the end of each epoch; a killed run goes on from there."""
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=10))
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,0 +1,170 @@
+"""Attention whose projections are linear layers that really run, so that LoRA can reach each of them.
+
+`nn.MultiheadAttention` keeps query, key and value in one packed parameter and never calls its own `out_proj`: peft on
+it either gets no gradient or counts the output twice (huggingface/peft#3774). open_clip's `AttentionPool2d` has four
+linear layers and only reads their weights. `split_attention` puts modules in their place that call four plain
+`nn.Linear`; `join_attention` packs them again, so that the state dict has open_clip's keys.
+
+Axes: B batch, T positions of the query, S positions of key and value, D width, H heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import skip_init
+
+
+class SplitAttention(nn.Module):
+    """Multi-head attention on four linear layers; called as open_clip calls `nn.MultiheadAttention`.
+
+    Args:
+        packed: the attention whose weights it takes over.
+
+    Raises:
+        ValueError: `packed` has extra keys (bias_k, add_zero_attn), which no CLIP has.
+    """
+
+    def __init__(self, packed: nn.MultiheadAttention) -> None:
+        super().__init__()
+        if packed.bias_k is not None or packed.add_zero_attn:
+            raise ValueError("attention with bias_k or add_zero_attn has no split form")
+        self.num_heads, self.batch_first, self.dropout = packed.num_heads, packed.batch_first, packed.dropout
+        if packed.in_proj_weight is not None:
+            weights = packed.in_proj_weight.chunk(3)
+        else:
+            weights = (packed.q_proj_weight, packed.k_proj_weight, packed.v_proj_weight)
+        biases = (None,) * 3 if packed.in_proj_bias is None else packed.in_proj_bias.chunk(3)
+        self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
+        self.out_proj = _linear(packed.out_proj.weight, packed.out_proj.bias)
+        self.train(packed.training)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, need_weights: bool = True, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is attended to, shaped like the query, and the weights (B, T, S), mean over the heads, or None.
+
+        Args:
+            query: (B, T, D), or (T, B, D) where `batch_first` is false; key and value likewise with S.
+            key: what is compared with the query.
+            value: what is mixed.
+            need_weights: give the weights too (slower).
+            attn_mask: (T, S) or (B·H, T, S): True where a key is hidden, or numbers added to the logits.
+        """
+        if not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        q = _heads(self.q_proj(query), self.num_heads)
+        k = _heads(self.k_proj(key), self.num_heads)
+        v = _heads(self.v_proj(value), self.num_heads)
+        mask = _additive(attn_mask, q)
+        dropout = self.dropout if self.training else 0.0
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        out = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        weights = _attention_weights(q, k, mask).mean(dim=1) if need_weights else None
+        return (out if self.batch_first else out.transpose(0, 1)), weights
+
+    def join(self) -> nn.MultiheadAttention:
+        """The same attention as one packed module."""
+        q, k, v, out = self.q_proj, self.k_proj, self.v_proj, self.out_proj
+        packed = nn.MultiheadAttention(
+            q.in_features,
+            self.num_heads,
+            dropout=self.dropout,
+            bias=q.bias is not None,
+            kdim=k.in_features,
+            vdim=v.in_features,
+            batch_first=self.batch_first,
+            device=q.weight.device,
+            dtype=q.weight.dtype,
+        )
+        if packed.in_proj_weight is not None:
+            packed.in_proj_weight = _cat(q.weight, k.weight, v.weight)
+        else:
+            packed.q_proj_weight, packed.k_proj_weight, packed.v_proj_weight = q.weight, k.weight, v.weight
+        packed.out_proj.weight = out.weight
+        if q.bias is not None:
+            packed.in_proj_bias = _cat(q.bias, k.bias, v.bias)
+            packed.out_proj.bias = out.bias
+        return packed.train(self.training)
+
+
+class SplitAttentionPool(nn.Module):
+    """open_clip's `AttentionPool2d` (the ResNets' pooling, whose query is the mean), calling its linear layers.
+
+    Its state-dict keys are those of the original, so there is nothing to join.
+
+    Args:
+        pool: the module it takes the place of; parameters and layers are shared with it.
+    """
+
+    def __init__(self, pool: Any) -> None:
+        super().__init__()
+        self.positional_embedding = pool.positional_embedding
+        self.k_proj, self.q_proj, self.v_proj, self.c_proj = pool.k_proj, pool.q_proj, pool.v_proj, pool.c_proj
+        self.num_heads: int = pool.num_heads
+        self.train(pool.training)
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        """Pooled features (B, D) of a feature map (B, C, h, w)."""
+        x = feature_map.flatten(2).transpose(1, 2)
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding.to(x.dtype)
+        # Upstream lets every position ask and keeps the first; only the first asks here.
+        q = _heads(self.q_proj(x[:, :1]), self.num_heads)
+        k, v = _heads(self.k_proj(x), self.num_heads), _heads(self.v_proj(x), self.num_heads)
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+        return self.c_proj(mixed.transpose(1, 2).flatten(2))[:, 0]
+
+
+def split_attention(model: nn.Module) -> None:
+    """Give an open_clip model, in place, attention and attention pools that LoRA can reach; outputs stay equal."""
+    from open_clip.modified_resnet import AttentionPool2d
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.MultiheadAttention):
+            model.set_submodule(name, SplitAttention(module))
+        elif isinstance(module, AttentionPool2d):
+            model.set_submodule(name, SplitAttentionPool(module))
+
+
+def join_attention(model: nn.Module) -> None:
+    """Pack, in place, each split attention again: state-dict keys are then open_clip's. Merge LoRA before."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SplitAttention):
+            model.set_submodule(name, module.join())
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, T, D) → (B, H, T, D/H)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """Any mask that `nn.MultiheadAttention` takes, as numbers to add to the logits (…, T, S)."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, float("-inf"))
+    mask = mask.to(q.dtype)
+    return mask.unflatten(0, (q.shape[0], q.shape[1])) if mask.ndim == 3 else mask
+
+
+def _attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    return (logits if mask is None else logits + mask).softmax(dim=-1)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = skip_init(
+        nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype
+    )
+    linear.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone())
+    return linear
+
+
+def _cat(*parts: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.cat([part.detach() for part in parts]))

@@ -1,0 +1,380 @@
+"""Batches of pixels and tokens from a dataset's shards: exact epochs in a seeded order, resumable at any batch.
+
+What a batch holds is decided in finetune/schedule.py; here it is read, decoded and augmented, seeded by (seed, pass,
+sample), so that nothing depends on how many processes decode.
+
+Axes: B samples, H W pixels, L tokens, G ids per sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from curate.clip import Clip
+from curate.errors import ConfigError, InputError
+from curate.shards import MemberReader, SampleIndex, digest, fingerprint, read_index, shard_folder, shards_of
+from finetune.config import DataConfig
+from finetune.schedule import Draw, Schedule
+
+Batch = dict[str, Tensor]
+"""pixels (B, 3, H, W); tokens (B, L) int64; group (B, G) int64, for `losses.positives`; row (B,) of the index."""
+
+
+# --- one sample -------------------------------------------------------------------------------------------------------
+
+
+def random_crop(width: int, height: int, scale: tuple[float, float], seed: Sequence[int]) -> tuple[int, int, int, int]:
+    """The box (left, top, right, bottom) of a random resized crop.
+
+    The share of the area is uniform in `scale`, the aspect log-uniform in 3/4 … 4/3: as torchvision's
+    `RandomResizedCrop`, down to the central crop after ten boxes that do not fit, but seeded.
+    """
+    random = np.random.default_rng(seed)
+    for _ in range(10):
+        area = width * height * random.uniform(*scale)
+        aspect = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+@dataclass(frozen=True)
+class TrainingView:
+    """PIL image → pixels with a random resized crop, in the size and normalisation of a CLIP's own preprocessing."""
+
+    preprocess_cfg: dict[str, Any]
+    scale: tuple[float, float]
+
+    def __call__(self, image: Image.Image, seed: Sequence[int]) -> Tensor:
+        """Float32 pixels (3, H, W); equal seeds, equal pixels."""
+        size = self.preprocess_cfg["size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        crop = image.crop(random_crop(*image.size, self.scale, seed)).resize((width, height), self._resampling())
+        pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float().div_(255)
+        mean, std = (torch.tensor(self.preprocess_cfg[name])[:, None, None] for name in ("mean", "std"))
+        return (pixels - mean) / std
+
+    def _resampling(self) -> Image.Resampling:
+        bilinear = self.preprocess_cfg.get("interpolation") == "bilinear"
+        return Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
+
+
+@dataclass(frozen=True)
+class EvaluationView:
+    """PIL image → pixels as a CLIP sees them in evaluation; the seed plays no part."""
+
+    preprocess: Callable[[Image.Image], Tensor]
+
+    def __call__(self, image: Image.Image, seed: Sequence[int]) -> Tensor:
+        """Float32 pixels (3, H, W)."""
+        del seed
+        return self.preprocess(image)
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
+
+
+@dataclass
+class PairDataset(Dataset[Batch]):
+    """Whole batches by `Draw`s.
+
+    A sample that cannot be read makes its batch an error, which the loader raises in the main process.
+    """
+
+    index: SampleIndex
+    view: TrainingView | EvaluationView
+    tokenizer: Callable[[Sequence[str]], Tensor]
+    seed: int = 0
+    reader: MemberReader = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reader = MemberReader(self.index.tars)
+        table = self.index.table.combine_chunks()
+        self._places = np.stack([table[name].to_numpy() for name in ("tar", "image_offset", "image_size")], axis=1)
+        self._keys, self._captions, self._groups = (table[name] for name in ("key", "caption", "duplicate_group"))
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitems__(self, draws: Sequence[Draw]) -> Batch | InputError:
+        """The batch of these samples."""
+        try:
+            pixels = torch.stack([self._pixels(draw) for draw in draws])
+        except InputError as error:
+            return error
+        rows = [draw.row for draw in draws]
+        tokens = self.tokenizer([self._captions[row].as_py() or "" for row in rows])
+        group = torch.tensor([self._ids(row, line) for row, line in zip(rows, tokens, strict=True)])
+        return {"pixels": pixels, "tokens": tokens, "group": group, "row": torch.tensor(rows)}
+
+    def _pixels(self, draw: Draw) -> Tensor:
+        tar, offset, size = self._places[draw.row]
+        content = self.reader.read(int(tar), int(offset), int(size))
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                return self.view(image.convert("RGB"), (self.seed, draw.turn, draw.row))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise InputError(
+                f"{self.index.tars[tar]}: sample {self._keys[draw.row]}: the image cannot be decoded ({error}); "
+                "build or copy the dataset again"
+            ) from error
+
+    def _ids(self, row: int, tokens: Tensor) -> tuple[int, int]:
+        """An id of what the sample says, to the text tower, and one of the duplicates it belongs to."""
+        group = self._groups[row].as_py() or f"row {row}"
+        return _hash(tokens.numpy().tobytes()), _hash(group.encode())
+
+
+# --- loaders ----------------------------------------------------------------------------------------------------------
+
+
+def _same(batch: Any) -> Any:
+    return batch
+
+
+def _load(dataset: PairDataset, batches: Iterable[Sequence[Draw]], num_workers: int) -> Iterator[Batch]:
+    """Yield each batch, decoded in worker processes.
+
+    Raises:
+        InputError: an image that cannot be read.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of index lists will do
+        num_workers=num_workers,
+        collate_fn=_same,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else each start of the loader would draw from the global one
+    )
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
+
+
+class TrainingLoader:
+    """Iterating gives the rest of the current epoch; the state is the place of the next batch.
+
+    The length is that of a whole epoch; without one Lightning would fetch, and count, a batch ahead.
+    """
+
+    def __init__(self, dataset: PairDataset, schedule: Schedule, num_workers: int, made_from: str) -> None:
+        self.dataset, self.schedule, self.num_workers, self.made_from = dataset, schedule, num_workers, made_from
+        self.epoch = self.next_batch = 0
+
+    def __len__(self) -> int:
+        return len(self.schedule)
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, first = self.epoch, self.next_batch
+        draws = (self.schedule.batch(epoch, number) for number in range(first, len(self)))
+        for number, batch in enumerate(_load(self.dataset, draws, self.num_workers), start=first + 1):
+            # Before it is handed out: a checkpoint taken while it is in use counts it as seen.
+            self.epoch, self.next_batch = divmod(epoch * len(self) + number, len(self))
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where to go on, and in which data."""
+        return {"epoch": self.epoch, "next_batch": self.next_batch, "made_from": self.made_from}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a checkpoint was taken.
+
+        Raises:
+            InputError: it was taken over other data or batches.
+        """
+        if state["made_from"] != self.made_from:
+            raise InputError(
+                "the checkpoint was made with another dataset, batch size, replay, seed or number of devices: "
+                "its position means nothing here"
+            )
+        self.epoch, self.next_batch = state["epoch"], state["next_batch"]
+
+
+class ValidationLoader:
+    """The same batches, in the order of the index, each time."""
+
+    def __init__(self, dataset: PairDataset, batches: list[list[Draw]], num_workers: int) -> None:
+        self.dataset, self.batches, self.num_workers = dataset, batches, num_workers
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _load(self.dataset, self.batches, self.num_workers)
+
+
+# --- datasets ---------------------------------------------------------------------------------------------------------
+
+
+def has_split(dataset: Path, split: str) -> bool:
+    """Whether a dataset has shards of that split."""
+    return bool(shards_of(shard_folder(dataset), split))
+
+
+def read_pairs(dataset: Path, split: str) -> SampleIndex:
+    """The index of a split with a text column `duplicate_group`, null where the dataset has none."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    stems = shards_of(shard_folder(dataset), split) or shards_of(shard_folder(dataset))
+    known = bool(stems) and "duplicate_group" in pq.read_schema(stems[0].with_suffix(".parquet")).names
+    index = read_index(dataset, split, ["duplicate_group"] if known else [])
+    groups = index.table["duplicate_group"] if known else pa.nulls(len(index))
+    groups = pc.binary_join_element_wise(str(dataset), pc.cast(groups, pa.string()), ":")
+    names = ("tar", "key", "caption", "image_offset", "image_size")
+    columns = {name: index.table[name] for name in names} | {"duplicate_group": groups}
+    return SampleIndex(index.tars, pa.table(columns))
+
+
+def concatenate(first: SampleIndex, second: SampleIndex) -> SampleIndex:
+    """One index over both, the rows of `second` after those of `first`."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    shifted = pc.add(second.table["tar"], pa.scalar(len(first.tars), second.table["tar"].type))
+    table = second.table.set_column(second.table.schema.get_field_index("tar"), "tar", shifted)
+    return SampleIndex(first.tars + second.tars, pa.concat_tables([first.table, table], promote_options="permissive"))
+
+
+def split_digests(dataset: Path, split: str) -> list[str]:
+    """What identifies the content of a split, shard by shard; of a dataset without splits, all of it is `train`."""
+    folder = shard_folder(dataset)
+    stems = shards_of(folder, split) or (shards_of(folder) if split == "train" else [])
+    return [digest(stem.with_suffix(".parquet")) for stem in stems]
+
+
+def data_fingerprint(config: DataConfig) -> str:
+    """Changes with the content of what is trained on and with how batches are made of it; not with paths or speeds."""
+    digests = [split_digests(config.dataset, "train")]
+    if config.replay:
+        replayed = (config.replay_dataset, "train") if config.replay_dataset else (config.dataset, "retain")
+        digests.append(split_digests(*replayed))
+    return fingerprint(digests, config.batch_size, config.replay, config.crop_scale)
+
+
+class CLIPDataModule(lightning.LightningDataModule):
+    """A dataset's train and val splits as batches for the CLIP that is trained (its preprocessing, its tokenizer).
+
+    Args:
+        config: what and how; or give its fields by name: `CLIPDataModule(dataset=Path("dataset"), batch_size=64)`.
+        seed: of the order and the augmentation.
+        **fields: of DataConfig.
+    """
+
+    def __init__(self, config: DataConfig | None = None, *, seed: int = 0, **fields: Any) -> None:
+        super().__init__()
+        if "dataset" in fields:
+            fields["dataset"] = Path(fields["dataset"])
+        self.config = config or DataConfig(**fields)
+        self.seed = seed
+        self._loader: TrainingLoader | None = None
+        self._position: dict[str, Any] | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the indices.
+
+        Raises:
+            InputError: a dataset that cannot be read, or too small for a contrast.
+            ConfigError: replay is asked for, but there is nothing to replay.
+        """
+        del stage
+        self.train_index = read_pairs(self.config.dataset, "train")
+        self.replay_index = self._read_replay()
+        least = 2 * self._world()[0]
+        if len(self.train_index) < least:
+            raise InputError(f"{self.config.dataset}: {len(self.train_index)} training pairs; needs at least {least}")
+
+    def _read_replay(self) -> SampleIndex | None:
+        if not self.config.replay:
+            return None
+        if self.config.replay_dataset:
+            return read_pairs(self.config.replay_dataset, "train")
+        if not has_split(self.config.dataset, "retain"):
+            raise ConfigError(
+                f"data.replay is {self.config.replay}, but {self.config.dataset} has no retain split; "
+                "name a data.replay_dataset or set replay to 0"
+            )
+        return read_pairs(self.config.dataset, "retain")
+
+    @property
+    def schedule(self) -> Schedule:
+        """Which samples come when, on this rank."""
+        world_size, rank = self._world()
+        return Schedule(
+            num_samples=len(self.train_index),
+            num_replay=len(self.replay_index or ()),
+            batch_size=self.config.batch_size,
+            replay=self.config.replay,
+            seed=self.seed,
+            world_size=world_size,
+            rank=rank,
+        )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Optimiser steps that one pass over the training samples takes."""
+        return len(self.schedule)
+
+    def train_dataloader(self) -> TrainingLoader:
+        """The stateful loader of the train split, with replay."""
+        index = concatenate(self.train_index, self.replay_index) if self.replay_index else self.train_index
+        augmented = self.config.crop_scale != (1.0, 1.0)
+        clip = self._clip()
+        view = (
+            TrainingView(clip.preprocess_cfg, self.config.crop_scale) if augmented else EvaluationView(clip.preprocess)
+        )
+        dataset = PairDataset(index, view, clip.tokenizer, self.seed)
+        made_from = fingerprint(data_fingerprint(self.config), self.seed, self.schedule.world_size)
+        self._loader = TrainingLoader(dataset, self.schedule, self.config.num_workers, made_from)
+        if self._position:
+            self._loader.load_state_dict(self._position)
+        return self._loader
+
+    # Lightning restores the loader's own state in most cases, but not from a checkpoint taken at the end of an epoch.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place of the next batch, for a checkpoint."""
+        return {"position": self._loader.state_dict() if self._loader else None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Start the next training loader where the checkpoint was taken."""
+        self._position = state_dict["position"]
+
+    def val_dataloader(self) -> ValidationLoader | list[Any]:
+        """The val split, each rank an equal part of it; nothing where the dataset has none."""
+        if not has_split(self.config.dataset, "val"):
+            return []
+        index = read_pairs(self.config.dataset, "val")
+        world_size, rank = self._world()
+        draws = [Draw(row, 0) for row in range(rank, len(index) - len(index) % world_size, world_size)]
+        size = self.config.eval_batch_size
+        batches = [draws[start : start + size] for start in range(0, len(draws), size)]
+        clip = self._clip()
+        dataset = PairDataset(index, EvaluationView(clip.preprocess), clip.tokenizer)
+        return ValidationLoader(dataset, batches, self.config.num_workers)
+
+    def _world(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def _clip(self) -> Clip:
+        clip: Clip = self.trainer.lightning_module.clip  # type: ignore[union-attr, assignment]
+        return clip

@@ -1,0 +1,332 @@
+"""One training run: a folder that the same command continues, and that says what it was made of.
+
+    RUN/config.yaml            the configuration
+    RUN/inputs.json            fingerprints of the dataset and of the weights that training starts from
+    RUN/checkpoints/last.ckpt  where the run goes on; best.ckpt: the best of the validations by `evaluate.monitor`
+    RUN/metrics.csv  tensorboard/
+    RUN/before.json  evaluation.json  examples.json      (finetune/callback.py)
+    RUN/finished.json          written last
+
+A run goes on only under the configuration and the inputs it was begun with, as far as they matter to its result;
+otherwise it says what differs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from curate.clip import weights_fingerprint
+from curate.errors import Busy, ConfigError, did_you_mean
+from curate.shards import fingerprint, sweep, write_text
+from finetune.config import FitConfig
+
+logger = logging.getLogger("cliptailor")
+
+# What a run may be continued with another value of: its result does not depend on it.
+IMMATERIAL = (
+    "out",
+    "checkpoint_every_n_steps",
+    "trainer.accelerator",
+    "trainer.enable_progress_bar",
+    "trainer.log_every_n_steps",
+    "data.dataset",  # its content counts, not its place
+    "data.replay_dataset",
+    "data.num_workers",
+    "data.eval_batch_size",
+)
+OURS = (
+    "config.yaml",
+    "inputs.json",
+    "checkpoints",
+    "metrics.csv",
+    "tensorboard",
+    "before.json",
+    "evaluation.json",
+    "examples.json",
+    "report.html",
+    "finished.json",
+)
+LOWER_IS_BETTER = ("val/loss", "median_rank")
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Where the result of a run lies.
+
+    Attributes:
+        run: its folder.
+        last: the checkpoint of the last step.
+        best: the best by the monitored metric; None where nothing was monitored.
+        evaluation: before and after, evaluation.json.
+        resumed: whether this call continued an interrupted run.
+        finished_before: whether there was nothing left to do.
+    """
+
+    run: Path
+    last: Path
+    best: Path | None
+    evaluation: Path
+    resumed: bool = False
+    finished_before: bool = False
+
+
+def fit(config: FitConfig, *, restart: bool = False) -> FitResult:
+    """Train as configured, or go on where the same run was interrupted, or do nothing if it is finished.
+
+    Args:
+        config: everything.
+        restart: forget what an earlier run left in `config.out`.
+
+    Raises:
+        ConfigError: `config.out` holds a run of another configuration or other inputs; or a key does not fit the rest.
+        InputError: the dataset cannot be read.
+        ModelError: the CLIP cannot be had, or does not fit the adapter.
+        Busy: another process is training into the same folder.
+        KeyboardInterrupt: Ctrl-C, after saving a checkpoint; SIGTERM raises SystemExit(143).
+    """
+    from finetune.checkpoints import Interrupted
+
+    with _only_process(config.out), _quiet():
+        if restart and _is_first_process():
+            _forget(config.out)
+        _begin(config)
+        if (config.out / "finished.json").is_file():
+            logger.info("%s: finished already; nothing to do", config.out)
+            return _result(config.out, finished_before=True)
+        try:
+            return _run(config)
+        except Interrupted as stop:
+            logger.warning("%s: interrupted; the same command continues it", config.out)
+            if stop.code == 130:
+                raise KeyboardInterrupt from None
+            raise
+
+
+# --- the folder of a run ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _only_process(out: Path) -> Iterator[None]:
+    """Hold the folder's lock; ranks that Lightning started beside this process share it."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not _is_first_process():
+        yield
+        return
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(f"{out}: another process is training here; wait for it or give another `out`") from None
+        sweep(out)
+        sweep(out / "checkpoints")
+        yield
+
+
+def _is_first_process() -> bool:
+    """Whether this is rank 0: Lightning runs the same command again for each of the others."""
+    return not (int(os.environ.get("LOCAL_RANK", "0")) or int(os.environ.get("RANK", "0")))
+
+
+def _forget(out: Path) -> None:
+    for name in OURS:
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _begin(config: FitConfig) -> None:
+    """Write down what this run is made of, or check that it is what an earlier call wrote."""
+    written = _plain(asdict(config))
+    inputs = _inputs(config)
+    path = config.out / "config.yaml"
+    if path.is_file():
+        _check_same(path, _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(written))
+        _check_same(path.with_name("inputs.json"), json.loads(path.with_name("inputs.json").read_text()), inputs)
+        return
+    write_text(path.with_name("inputs.json"), json.dumps(inputs, indent=1))
+    write_text(path, yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
+
+
+def _inputs(config: FitConfig) -> dict[str, str]:
+    from finetune.data import data_fingerprint, split_digests
+
+    clip = config.model.clip
+    return {
+        "dataset": data_fingerprint(config.data),
+        "val": fingerprint(split_digests(config.data.dataset, "val")),
+        "weights": fingerprint(weights_fingerprint(clip.name, clip.pretrained)),
+    }
+
+
+def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in IMMATERIAL]
+    if keys:
+        what = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys[:3])
+        raise ConfigError(
+            f"{path}: an earlier run was made with something else: {what}. Give another `out`, or --restart"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """The same in what YAML knows."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def _result(out: Path, **how: bool) -> FitResult:
+    best = out / "checkpoints" / "best.ckpt"
+    return FitResult(
+        run=out,
+        last=out / "checkpoints" / "last.ckpt",
+        best=best if best.is_file() else None,
+        evaluation=out / "evaluation.json",
+        **how,
+    )
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _run(config: FitConfig) -> FitResult:
+    import lightning
+
+    from finetune.data import CLIPDataModule
+    from finetune.module import CLIPModule
+
+    last = config.out / "checkpoints" / "last.ckpt"
+    resumed = last.is_file()
+    lightning.seed_everything(config.seed_everything, verbose=False)
+    model = config.model
+    module = CLIPModule(model.clip, model.adapter, model.loss, model.optimizer)
+    data = CLIPDataModule(config.data, seed=config.seed_everything)
+    trainer = _trainer(config)
+    if resumed:
+        logger.info("%s: going on from %s", config.out, last)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    logger.info("training %s of %s parameters", f"{trained:,}", f"{sum(p.numel() for p in module.parameters()):,}")
+    trainer.fit(module, datamodule=data, ckpt_path=last if resumed else None, weights_only=True)
+    if trainer.is_global_zero:
+        write_text(config.out / "finished.json", json.dumps({"steps": trainer.global_step}))
+    return _result(config.out, resumed=resumed)
+
+
+def _trainer(config: FitConfig) -> Any:
+    import lightning
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from finetune.checkpoints import AtomicCheckpointIO
+    from finetune.loggers import MetricsFile
+
+    given = asdict(config.trainer)
+    shown = given.pop("enable_progress_bar") and sys.stderr.isatty()
+    try:
+        return lightning.Trainer(
+            **given,
+            default_root_dir=config.out,
+            callbacks=_callbacks(config, shown=shown),
+            logger=[
+                MetricsFile(config.out / "metrics.csv"),
+                TensorBoardLogger(config.out, name="tensorboard", version="", default_hp_metric=False),
+            ],
+            plugins=[AtomicCheckpointIO()],
+            enable_progress_bar=shown,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
+
+
+def _callbacks(config: FitConfig, *, shown: bool) -> list[Any]:
+    from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+
+    from finetune.callback import EvaluationCallback
+    from finetune.checkpoints import KeepLast, RandomState
+    from finetune.loggers import ProgressLines
+
+    folder = config.out / "checkpoints"
+    evaluation = EvaluationCallback(config.evaluate, config.data, config.out)
+    callbacks = [evaluation, RandomState(), RichProgressBar() if shown else ProgressLines()]
+    if monitor := _monitor(config, evaluation.metrics):
+        best = ModelCheckpoint(
+            folder,
+            "best",
+            monitor=monitor,
+            mode="min" if monitor.endswith(LOWER_IS_BETTER) else "max",
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
+        )
+        callbacks.append(best)
+    return [*callbacks, KeepLast(folder, config.checkpoint_every_n_steps)]
+
+
+def _monitor(config: FitConfig, metrics: list[str]) -> str | None:
+    """The metric that picks the best checkpoint; None: the last is the best.
+
+    Raises:
+        ConfigError: the metric that was asked for will not be measured in training.
+    """
+    from finetune.data import has_split
+
+    validated = has_split(config.data.dataset, "val")
+    known = [*metrics, "val/loss"]
+    asked = config.evaluate.monitor
+    if asked is None:
+        usual = "val/image_to_text/recall@1"
+        return usual if validated and usual in known else None
+    if not validated:
+        raise ConfigError(
+            f"evaluate.monitor: {config.data.dataset} has no val split, so nothing is measured in training"
+        )
+    if asked not in known:
+        raise ConfigError(f"evaluate.monitor: nothing measures '{asked}'.{did_you_mean(asked, known)}")
+    return asked
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's adverts, and without its hints at what is so on purpose here."""
+    talkers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [talker.level for talker in talkers]
+    for talker in talkers:
+        talker.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for hint in (
+            r".*module\(s\) in eval mode at the start of training",  # locked towers, frozen statistics
+            r".*does not have many workers",
+            r"Total length of `list` across ranks is zero",  # no val split
+            r".*smaller than the logging interval",
+            r".*treespec, LeafSpec",  # Lightning 2.6 on recent torch
+            r"Checkpoint directory .* exists and is not empty",
+        ):
+            warnings.filterwarnings("ignore", message=hint)
+        try:
+            yield
+        finally:
+            for talker, level in zip(talkers, levels, strict=True):
+                talker.setLevel(level)

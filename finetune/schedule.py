@@ -1,0 +1,96 @@
+"""Which samples are in which batch: a pure function of (seed, epoch, number of the batch).
+
+So the position is all the state that a loader has, and a resumed run reads nothing twice.
+
+An epoch is every sample once. Each global batch is cut into equal slices, one a rank; with several ranks the last batch
+loses the few samples (fewer than ranks) that cannot be shared out equally. A last batch too small for a contrast joins
+the one before it. Replayed samples come on top, from an endless stream of permutations of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Draw(NamedTuple):
+    """One sample of a batch: its row in the index, and which pass over its split this is."""
+
+    row: int
+    turn: int
+
+
+@lru_cache(maxsize=8)
+def permutation(size: int, *seed: int) -> np.ndarray:
+    """The numbers below `size` in an order that depends on the seeds alone."""
+    return np.random.default_rng(seed).permutation(size)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which samples are in which batch of which epoch, for one rank.
+
+    Attributes:
+        num_samples: rows 0 … num_samples-1 of the index are seen once an epoch.
+        num_replay: the rows after them are replayed.
+        batch_size: samples of a batch and rank, replayed ones included.
+        replay: share of each batch that is replayed.
+        seed: of the order.
+        world_size: number of ranks.
+        rank: whose slice.
+    """
+
+    num_samples: int
+    num_replay: int
+    batch_size: int
+    replay: float
+    seed: int
+    world_size: int = 1
+    rank: int = 0
+
+    @property
+    def replayed(self) -> int:
+        """Samples of a whole batch and rank that are replayed: at least one where any are asked for."""
+        return min(max(1, round(self.batch_size * self.replay)), self.batch_size - 1) if self.replay else 0
+
+    @property
+    def fresh(self) -> int:
+        """Samples of a whole batch and rank that are not replayed."""
+        return self.batch_size - self.replayed
+
+    @cached_property
+    def _ends(self) -> tuple[int, int]:
+        """Batches an epoch, and the fresh samples of the last."""
+        whole, rest = divmod(self.num_samples, self.fresh * self.world_size)
+        last = rest // self.world_size
+        if last * self.world_size >= 2 or not whole:
+            return whole + 1, last
+        return whole, self.fresh + last
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return self._ends[0]
+
+    def batch(self, epoch: int, number: int) -> list[Draw]:
+        """The samples of one batch, fresh ones first."""
+        size = self._ends[1] if number == len(self) - 1 else self.fresh
+        start = self.fresh * self.world_size * number + size * self.rank
+        order = permutation(self.num_samples, self.seed, epoch)
+        draws = [Draw(int(row), epoch) for row in order[start : start + size]]
+        return draws + (self._replay(epoch, number) if self.replay else [])
+
+    def _replay(self, epoch: int, number: int) -> list[Draw]:
+        """The next samples of the endless replay stream, in every batch the same share."""
+        last = max(1, round(self._ends[1] * self.replayed / self.fresh))
+        count = last if number == len(self) - 1 else self.replayed
+        an_epoch = (len(self) - 1) * self.replayed + last
+        start = (epoch * an_epoch + number * self.replayed) * self.world_size + self.rank * count
+        draws = []
+        for place in range(start, start + count):
+            turn, place_in_turn = divmod(place, self.num_replay)
+            row = permutation(self.num_replay, self.seed, turn, 1)[place_in_turn]
+            draws.append(Draw(self.num_samples + int(row), turn))
+        return draws

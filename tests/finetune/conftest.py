@@ -1,0 +1,26 @@
+"""A tiny dataset and architectures, made once; one thread, so that sums come out the same in every process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.finetune import tiny
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    return tiny.write_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture(scope="session")
+def architectures(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("architectures")
+    return {name: str(tiny.write_architecture(name, folder)) for name in tiny.ARCHITECTURES}

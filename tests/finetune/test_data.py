@@ -1,0 +1,339 @@
+from __future__ import annotations
+
+import io
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from curate.clip import Clip, load_clip
+from curate.errors import ConfigError, InputError
+from curate.shards import ShardWriter, read_index
+from finetune.config import DataConfig
+from finetune.data import (
+    CLIPDataModule,
+    EvaluationView,
+    PairDataset,
+    TrainingView,
+    concatenate,
+    data_fingerprint,
+    has_split,
+    random_crop,
+    read_pairs,
+)
+from finetune.schedule import Draw, Schedule, permutation
+from tests.finetune import tiny
+
+
+@pytest.fixture(scope="module")
+def clip(architectures) -> Clip:
+    return load_clip(architectures["tiny-vit"], device="cpu")
+
+
+class WithClip(CLIPDataModule):
+    """The data module without a trainer; the CLIP is given."""
+
+    def __init__(self, clip: Clip, config: DataConfig, seed: int = 0, world: tuple[int, int] = (1, 0)) -> None:
+        super().__init__(config, seed=seed)
+        self._clip = lambda: clip
+        self._world = lambda: world
+        self.setup()
+
+
+def config(dataset: Path, **fields) -> DataConfig:
+    return DataConfig(**({"dataset": dataset, "batch_size": 8, "num_workers": 0} | fields))
+
+
+# --- the schedule -----------------------------------------------------------------------------------------------------
+
+
+def schedule(
+    num_samples: int, num_replay: int = 0, batch_size: int = 8, replay: float = 0.0, world: int = 1, rank: int = 0
+):
+    return Schedule(num_samples, num_replay, batch_size, replay, 7, world, rank)
+
+
+def epoch_rows(plan: Schedule, epoch: int = 0) -> list[list[int]]:
+    return [[draw.row for draw in plan.batch(epoch, number)] for number in range(len(plan))]
+
+
+@settings(deadline=None, max_examples=60)
+@given(num_samples=st.integers(2, 200), batch_size=st.integers(2, 40), epoch=st.integers(0, 3))
+def test_an_epoch_is_every_sample_once_in_batches_that_have_a_contrast(num_samples, batch_size, epoch):
+    batches = epoch_rows(schedule(num_samples, batch_size=batch_size), epoch)
+    assert sorted(row for rows in batches for row in rows) == list(range(num_samples))
+    assert all(2 <= len(rows) <= batch_size + 1 for rows in batches)
+    assert all(len(rows) == batch_size for rows in batches[:-1])
+
+
+@settings(deadline=None, max_examples=60)
+@given(num_samples=st.integers(8, 200), batch_size=st.integers(2, 20), world=st.integers(2, 4))
+def test_ranks_share_each_global_batch_equally_and_no_sample_twice(num_samples, batch_size, world):
+    ranks = [epoch_rows(schedule(num_samples, batch_size=batch_size, world=world, rank=rank)) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    for parts in zip(*ranks, strict=True):
+        assert len({len(part) for part in parts}) == 1
+    rows = [row for batches in ranks for part in batches for row in part]
+    assert len(set(rows)) == len(rows) > num_samples - world
+
+
+def test_the_ranks_together_see_the_batches_of_one_large_one():
+    large = epoch_rows(schedule(40, batch_size=16))
+    halves = [epoch_rows(schedule(40, batch_size=8, world=2, rank=rank)) for rank in (0, 1)]
+    assert large == [first + second for first, second in zip(*halves, strict=True)]
+
+
+def test_the_order_changes_with_epoch_and_seed_and_not_otherwise():
+    plan = schedule(40)
+    assert epoch_rows(plan, 0) == epoch_rows(schedule(40), 0)
+    assert epoch_rows(plan, 0) != epoch_rows(plan, 1)
+    assert permutation(40, 7, 0).tolist() != permutation(40, 8, 0).tolist()
+
+
+@pytest.mark.parametrize(("replay", "each"), [(0.25, 2), (0.01, 1), (0.9, 7), (0.99, 7)])
+def test_replay_takes_its_share_of_each_batch(replay, each):
+    batches = epoch_rows(schedule(70, num_replay=5, replay=replay))
+    for rows in batches[:-1]:
+        assert [row >= 70 for row in rows].count(True) == each
+        assert len(rows) == 8
+    assert sorted(row for rows in batches for row in rows if row < 70) == list(range(70))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(6, 60), st.integers(1, 30), st.integers(2, 10), st.floats(0.05, 0.9), st.integers(1, 3))
+def test_replayed_samples_go_round_their_split_evenly(num_samples, num_replay, batch_size, replay, world):
+    seen = Counter()
+    draws = []
+    for rank in range(world):
+        plan = schedule(num_samples, num_replay, batch_size, replay, world, rank)
+        for epoch in range(3):
+            for number in range(len(plan)):
+                draws += [draw for draw in plan.batch(epoch, number) if draw.row >= num_samples]
+    seen.update(draw.row for draw in draws)
+    assert len(set(draws)) == len(draws)  # no sample twice in one turn
+    assert max(seen.values()) - min(seen[num_samples + n] for n in range(num_replay)) <= 1
+
+
+# --- views ------------------------------------------------------------------------------------------------------------
+
+
+def picture(width: int = 60, height: int = 44) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def test_a_training_view_is_torchvisions_crop_in_the_clips_size_and_normalisation(clip):
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as reference
+
+    image = picture()
+    left, top, right, bottom = random_crop(*image.size, (0.5, 0.9), (1, 2, 3))
+    cropped = reference.resized_crop(image, top, left, bottom - top, right - left, [32, 32], InterpolationMode.BICUBIC)
+    cfg = clip.preprocess_cfg
+    expected = reference.normalize(reference.to_tensor(cropped), cfg["mean"], cfg["std"])
+    ours = TrainingView(cfg, (0.5, 0.9))(image, (1, 2, 3))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+
+
+def test_crops_have_the_asked_share_of_the_area_and_a_mild_aspect():
+    for seed in range(200):
+        left, top, right, bottom = random_crop(200, 180, (0.3, 0.8), (seed,))
+        assert 0 <= left < right <= 200
+        assert 0 <= top < bottom <= 180
+        width, height = right - left, bottom - top
+        assert 0.29 <= width * height / (200 * 180) <= 0.81
+        assert 0.74 <= width / height <= 1.35
+
+
+@pytest.mark.parametrize("size", [(1000, 2), (2, 1000), (1, 1)])
+def test_an_image_too_narrow_for_any_crop_is_cut_in_its_middle(size):
+    left, top, right, bottom = random_crop(*size, (0.9, 1.0), (0,))
+    assert 0 <= left < right <= size[0]
+    assert 0 <= top < bottom <= size[1]
+
+
+def test_equal_seeds_give_equal_crops_and_others_others():
+    boxes = [
+        random_crop(300, 300, (0.2, 1.0), seed) for seed in ((1, 2, 3), (1, 2, 3), (1, 2, 4), (1, 3, 3), (2, 2, 3))
+    ]
+    assert boxes[0] == boxes[1]
+    assert len(set(boxes)) == 4
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_has_pixels_tokens_ids_and_rows(clip, dataset):
+    pairs = PairDataset(read_pairs(dataset, "train"), EvaluationView(clip.preprocess), clip.tokenizer)
+    batch = pairs.__getitems__([Draw(3, 0), Draw(20, 0)])
+    assert batch["pixels"].shape == (2, 3, 32, 32)
+    assert batch["pixels"].dtype == torch.float32
+    index = read_index(dataset, "train")
+    captions = [index.table["caption"][row].as_py() for row in (3, 20)]
+    assert torch.equal(batch["tokens"], clip.tokenizer(captions))
+    assert batch["row"].tolist() == [3, 20]
+    tar, offset, size = (index.table[name][20].as_py() for name in ("tar", "image_offset", "image_size"))
+    stored = Image.open(io.BytesIO(index.tars[tar].read_bytes()[offset : offset + size])).convert("RGB")
+    assert torch.equal(batch["pixels"][1], clip.preprocess(stored))
+
+
+def test_captions_that_read_alike_and_duplicates_share_an_id(clip, tmp_path):
+    schema = pa.schema([("key", pa.string()), ("caption", pa.string()), ("duplicate_group", pa.string())])
+    rows = [("A  Red circle", "g1"), ("a red circle", None), ("a dog", "g1"), ("a cat", None)]
+    with ShardWriter(tmp_path / "train-00000", schema, made_from="test") as shard:
+        for number, (caption, group) in enumerate(rows):
+            row = {"key": f"{number}", "caption": caption, "duplicate_group": group}
+            shard.add(row, tiny.picture("red", "circle", number), "png")
+    pairs = PairDataset(read_pairs(tmp_path, "train"), EvaluationView(clip.preprocess), clip.tokenizer)
+    caption, duplicate = pairs.__getitems__([Draw(row, 0) for row in range(4)])["group"].T
+    assert caption[0] == caption[1]
+    assert len(set(caption.tolist())) == 3
+    assert duplicate[0] == duplicate[2]
+    assert len(set(duplicate.tolist())) == 3
+
+
+def test_a_dataset_without_duplicate_groups_is_read_too(clip, tmp_path):
+    schema = pa.schema([("key", pa.string()), ("caption", pa.string())])
+    with ShardWriter(tmp_path / "00000", schema, made_from="test") as shard:
+        for number in range(4):
+            shard.add({"key": f"{number}", "caption": "x"}, tiny.picture("red", "circle", number), "png")
+    data = WithClip(clip, config(tmp_path))
+    (batch,) = data.train_dataloader()
+    assert len(set(batch["group"][:, 1].tolist())) == 4
+    assert data.val_dataloader() == []
+
+
+def test_replayed_rows_come_from_the_retain_split_or_from_another_dataset(clip, dataset, tmp_path):
+    retained = WithClip(clip, config(dataset, replay=0.5)).train_dataloader()
+    assert [key[:5] for key in retained.dataset._keys.to_pylist()] == ["train"] * 40 + ["retai"] * 8
+    other = tiny.write_dataset(tmp_path, train=6, val=0, retain=0)
+    replayed = WithClip(clip, config(dataset, replay=0.5, replay_dataset=other)).train_dataloader()
+    assert len(replayed.dataset) == 46
+    for batch in replayed:
+        assert (batch["row"] >= 40).sum() == 4
+
+
+def test_concatenated_indices_read_from_the_right_tars(dataset):
+    train, retain = read_pairs(dataset, "train"), read_pairs(dataset, "retain")
+    both = concatenate(train, retain)
+    row = {name: both.table[name][41].as_py() for name in both.table.column_names}
+    assert row["key"] == retain.table["key"][1].as_py()
+    assert both.tars[row["tar"]] == retain.tars[0]
+
+
+def batches(loader) -> list[dict[str, torch.Tensor]]:
+    return list(loader)
+
+
+def assert_same(first, second) -> None:
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_number_of_workers_changes_nothing(clip, dataset):
+    alone, helped = (
+        WithClip(clip, config(dataset, replay=0.25, crop_scale=(0.4, 1.0), num_workers=n)).train_dataloader()
+        for n in (0, 2)
+    )
+    for _ in range(2):
+        assert_same(batches(alone), batches(helped))
+
+
+def test_augmentation_differs_between_epochs_and_is_off_at_full_scale(clip, dataset):
+    loader = WithClip(clip, config(dataset, crop_scale=(0.4, 1.0))).train_dataloader()
+    seen = [
+        {int(row): pixels for batch in loader for row, pixels in zip(batch["row"], batch["pixels"], strict=True)}
+        for _ in range(2)
+    ]
+    assert any(not torch.equal(seen[0][row], seen[1][row]) for row in range(40))
+    plain = WithClip(clip, config(dataset, crop_scale=(1.0, 1.0))).train_dataloader()
+    assert isinstance(plain.dataset.view, EvaluationView)
+
+
+@pytest.mark.parametrize(("consumed", "num_workers"), [(0, 0), (1, 0), (6, 0), (7, 0), (8, 0), (13, 0), (5, 2)])
+def test_a_loader_goes_on_from_its_state_at_any_batch(clip, dataset, consumed, num_workers):
+    def loader():
+        return WithClip(clip, config(dataset, replay=0.25, num_workers=num_workers)).train_dataloader()
+
+    unbroken = loader()
+    expected = [batch for _ in range(2) for batch in unbroken]
+    broken, taken = loader(), 0
+    states = {0: broken.state_dict()}
+    for _ in range(2):
+        for _ in broken:
+            taken += 1
+            states[taken] = broken.state_dict()
+    resumed = loader()
+    resumed.load_state_dict(pickle.loads(pickle.dumps(states[consumed])))
+    rest = batches(resumed)
+    while len(rest) < len(expected) - consumed:
+        rest += batches(resumed)
+    assert_same(rest, expected[consumed:])
+
+
+def test_starting_a_loader_draws_no_global_random_number(clip, dataset):
+    loader = WithClip(clip, config(dataset)).train_dataloader()
+    before = torch.get_rng_state()
+    batches(loader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 4}, {"replay": 0.5}, {"crop_scale": (0.5, 1.0)}])
+def test_a_state_of_other_batches_is_refused(clip, dataset, change):
+    state = WithClip(clip, config(dataset)).train_dataloader().state_dict()
+    with pytest.raises(InputError, match="its position means nothing here"):
+        WithClip(clip, config(dataset, **change)).train_dataloader().load_state_dict(state)
+
+
+def test_the_fingerprint_follows_the_content_and_not_the_place(dataset, tmp_path):
+    import shutil
+
+    moved = shutil.copytree(dataset, tmp_path / "moved")
+    assert data_fingerprint(config(moved)) == data_fingerprint(config(dataset, num_workers=3))
+    other = tiny.write_dataset(tmp_path / "other", train=41)
+    assert data_fingerprint(config(other)) != data_fingerprint(config(dataset))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_corrupt_image_is_named_by_tar_and_key(clip, tmp_path, num_workers):
+    schema = pa.schema([("key", pa.string()), ("caption", pa.string())])
+    with ShardWriter(tmp_path / "train-00000", schema, made_from="test") as shard:
+        for number in range(4):
+            content = tiny.picture("red", "circle", number)
+            shard.add({"key": f"k{number}", "caption": "x"}, content[:90] if number == 2 else content, "png")
+    loader = WithClip(clip, config(tmp_path, num_workers=num_workers)).train_dataloader()
+    with pytest.raises(InputError, match=r"train-00000\.tar: sample k2: the image cannot be decoded") as caught:
+        batches(loader)
+    assert "\n" not in str(caught.value)
+
+
+def test_validation_is_the_val_split_in_order_shared_between_ranks(clip, dataset):
+    loader = WithClip(clip, config(dataset, eval_batch_size=3)).val_dataloader()
+    assert [batch["row"].tolist() for batch in loader] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert len(loader) == 3
+    ranks = [WithClip(clip, config(dataset), world=(3, rank)).val_dataloader() for rank in range(3)]
+    assert [[batch["row"].tolist() for batch in rank] for rank in ranks] == [[[0, 3]], [[1, 4]], [[2, 5]]]
+
+
+def test_errors_say_what_is_missing(clip, dataset, tmp_path):
+    with pytest.raises(InputError, match="no train shard"):
+        WithClip(clip, config(tmp_path))
+    bare = tiny.write_dataset(tmp_path / "bare", train=1, val=0, retain=0)
+    assert not has_split(bare, "retain")
+    with pytest.raises(InputError, match="1 training pairs; needs at least 2"):
+        WithClip(clip, config(bare))
+    with pytest.raises(ConfigError, match=r"has no retain split; name a data\.replay_dataset"):
+        WithClip(clip, config(bare, replay=0.1))
+
+
+def test_fields_can_be_given_by_name():
+    data = CLIPDataModule(dataset="somewhere", batch_size=4)
+    assert data.config == DataConfig(dataset=Path("somewhere"), batch_size=4)

@@ -1,0 +1,414 @@
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import lightning
+import numpy as np
+import pytest
+import torch
+
+from curate.errors import Busy, ConfigError
+from finetune import fit as fit_module
+from finetune.checkpoints import AtomicCheckpointIO, Interrupted, KeepLast, random_state, set_random_state
+from finetune.config import (
+    AdapterConfig,
+    ClipConfig,
+    DataConfig,
+    EvaluateConfig,
+    FitConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainerConfig,
+)
+from finetune.fit import fit
+from finetune.loggers import MetricsFile
+from finetune.module import CLIPModule
+from tests.finetune import tiny
+
+STEPS = 10  # an epoch: 40 samples, 4 of them fresh in a batch of 5
+
+
+@pytest.fixture(scope="module")
+def config(dataset, architectures) -> FitConfig:
+    """Two epochs with everything that draws random numbers: dropout, crops, replay; validation in mid-epoch too."""
+    return FitConfig(
+        seed_everything=3,
+        checkpoint_every_n_steps=3,
+        trainer=TrainerConfig(max_epochs=2, accelerator="cpu", log_every_n_steps=1, val_check_interval=5),
+        model=ModelConfig(
+            clip=ClipConfig(name=architectures["tiny-vit"], pretrained=None),
+            adapter=AdapterConfig(rank=2, dropout=0.3),
+            optimizer=OptimizerConfig(lr=1e-2),
+        ),
+        data=DataConfig(dataset=dataset, batch_size=5, replay=0.2, num_workers=0, crop_scale=(0.5, 1.0)),
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(config, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("unbroken")
+    fit(replace(config, out=out))
+    return out
+
+
+def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    path = run / "checkpoints" / f"{name}.ckpt"
+    return torch.load(path, weights_only=True)["state_dict"]  # noqa: TID251 - written by this test
+
+
+def assert_same_run(run: Path, unbroken: Path) -> None:
+    for name in ("last", "best"):
+        ours, expected = weights(run, name), weights(unbroken, name)
+        assert ours.keys() == expected.keys()
+        assert all(torch.equal(ours[key], expected[key]) for key in expected), name
+    assert (run / "metrics.csv").read_text() == (unbroken / "metrics.csv").read_text()
+    ours, expected = (json.loads((folder / "evaluation.json").read_text()) for folder in (run, unbroken))
+    for side in ("before", "after", "delta"):
+        assert ours[side] == expected[side]
+
+
+def interrupt_at(monkeypatch, step: int, error: type[BaseException]) -> None:
+    """Let training fail at the start of one step, as if the process had died there."""
+    original = CLIPModule.training_step
+    count = 0
+
+    def training_step(self, batch, batch_idx):
+        nonlocal count
+        count += 1
+        if count == step:
+            raise error
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(CLIPModule, "training_step", training_step)
+
+
+# --- what a run leaves ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_checkpoints_logs_and_evaluation(unbroken):
+    files = {str(path.relative_to(unbroken)) for path in unbroken.rglob("*") if path.is_file()}
+    assert {
+        "config.yaml",
+        "inputs.json",
+        "checkpoints/last.ckpt",
+        "checkpoints/best.ckpt",
+        "metrics.csv",
+        "before.json",
+        "evaluation.json",
+        "examples.json",
+        "finished.json",
+    } <= files
+    assert any(name.startswith("tensorboard/events") for name in files)
+    assert not any(name.endswith(".tmp") for name in files)
+    assert json.loads((unbroken / "finished.json").read_text()) == {"steps": 2 * STEPS}
+
+
+def test_metrics_csv_has_one_row_a_step_and_validation_in_lightnings_columns(unbroken):
+    with (unbroken / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(2 * STEPS))
+    assert [int(row["step"]) for row in rows if row["val/loss"]] == [4, 9, 14, 19]
+    assert {"epoch", "step", "train/loss", "train/logit_scale", "lr-AdamW", "val/image_to_text/recall@1"} <= set(
+        rows[0]
+    )
+
+
+def test_the_best_checkpoint_is_the_one_with_the_best_monitored_metric(unbroken):
+    with (unbroken / "metrics.csv").open() as file:
+        values = {int(r["step"]): float(r["val/image_to_text/recall@1"]) for r in csv.DictReader(file) if r["val/loss"]}
+    best = torch.load(unbroken / "checkpoints" / "best.ckpt", weights_only=True)  # noqa: TID251 - written by this test
+    assert values[best["global_step"] - 1] == max(values.values())
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [4, 6, 11, 16])
+def test_a_run_that_died_at_any_step_ends_with_the_weights_of_the_unbroken_one(config, unbroken, tmp_path, step):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, step, ZeroDivisionError)
+        with pytest.raises(ZeroDivisionError):
+            fit(replace(config, out=tmp_path))
+    result = fit(replace(config, out=tmp_path))
+    assert result.resumed
+    assert_same_run(tmp_path, unbroken)
+
+
+TRAIN = """
+import pickle, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from finetune.fit import fit
+fit(pickle.loads(Path(sys.argv[1]).read_bytes()))
+"""
+
+TRAIN_AND_DIE = """
+import os, pickle, signal, sys
+import torch
+torch.set_num_threads(1)
+from finetune.fit import fit
+from finetune.module import CLIPModule
+from pathlib import Path
+
+config_file, step, number = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+original, count = CLIPModule.training_step, 0
+
+def training_step(self, batch, batch_idx):
+    global count
+    count += 1
+    if count == step:
+        os.kill(os.getpid(), number)
+    return original(self, batch, batch_idx)
+
+CLIPModule.training_step = training_step
+fit(pickle.loads(config_file.read_bytes()))
+"""
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def run_script(script: str, config: FitConfig, folder: Path, *arguments: int) -> subprocess.CompletedProcess:
+    """Run a script that trains, from a file (Lightning runs it again for each further rank)."""
+    (folder / "train.py").write_text(script)
+    (folder / "config.pickle").write_bytes(pickle.dumps(config))
+    return run([sys.executable, *(str(folder / name) for name in ("train.py", "config.pickle")), *map(str, arguments)])
+
+
+def test_after_kill_9_in_mid_epoch_the_same_command_ends_with_the_same_weights(config, unbroken, tmp_path):
+    config = replace(config, out=tmp_path / "run")
+    killed = run_script(TRAIN_AND_DIE, config, tmp_path, 15, int(signal.SIGKILL))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (config.out / "finished.json").exists()
+    assert fit(config).resumed
+    assert_same_run(config.out, unbroken)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, None)])
+def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(config, unbroken, tmp_path, caplog, number, status):
+    config = replace(config, out=tmp_path)
+    original = signal.getsignal(number)
+    with pytest.MonkeyPatch.context() as patch:
+        step = CLIPModule.training_step
+        count = 0
+
+        def training_step(self, batch, batch_idx):
+            nonlocal count
+            count += 1
+            if count == 8:
+                os.kill(os.getpid(), number)
+            return step(self, batch, batch_idx)
+
+        patch.setattr(CLIPModule, "training_step", training_step)
+        with pytest.raises((KeyboardInterrupt, SystemExit)) as caught:
+            fit(config)
+    assert getattr(caught.value, "code", None) == status
+    assert "the same command continues it" in caplog.text
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)  # noqa: TID251 - written by this test
+    assert saved["global_step"] == 8
+    assert signal.getsignal(number) is original
+    assert fit(config).resumed
+    assert_same_run(tmp_path, unbroken)
+
+
+def test_a_signal_during_evaluation_stops_at_once():
+    keeper = KeepLast(Path("checkpoints"), 10)
+    keeper.on_train_start()
+    try:
+        keeper._stop(signal.SIGTERM, None)  # training: wait for the end of the step
+        with pytest.raises(Interrupted):
+            keeper._stop(signal.SIGTERM, None)  # asked twice
+        keeper._signal = 0
+        keeper.on_validation_start()
+        with pytest.raises(Interrupted) as caught:
+            keeper._stop(signal.SIGINT, None)
+        assert caught.value.code == 130
+    finally:
+        keeper.teardown()
+
+
+def test_a_finished_run_says_so_and_does_nothing(config, unbroken, caplog):
+    before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*.ckpt")}
+    with caplog.at_level(logging.INFO, "cliptailor"):
+        result = fit(replace(config, out=unbroken))
+    assert result.finished_before
+    assert result.best == unbroken / "checkpoints" / "best.ckpt"
+    assert "finished already" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in unbroken.rglob("*.ckpt")} == before
+
+
+def test_another_configuration_in_the_same_folder_is_refused_and_named(config, unbroken):
+    changed = replace(config, out=unbroken, seed_everything=4, data=replace(config.data, num_workers=3))
+    with pytest.raises(
+        ConfigError, match=r"seed_everything was 3 and is 4\. Give another `out`, or --restart"
+    ) as caught:
+        fit(changed)
+    assert "num_workers" not in str(caught.value)
+
+
+def test_another_dataset_in_the_same_folder_is_refused(config, unbroken, tmp_path):
+    other = tiny.write_dataset(tmp_path, train=41)
+    with pytest.raises(ConfigError, match=r"inputs\.json: an earlier run .* dataset was"):
+        fit(replace(config, out=unbroken, data=replace(config.data, dataset=other)))
+
+
+def test_the_same_dataset_may_have_moved(config, unbroken, dataset, tmp_path):
+    moved = shutil.copytree(dataset, tmp_path / "moved")
+    assert fit(replace(config, out=unbroken, data=replace(config.data, dataset=moved))).finished_before
+
+
+def test_restart_begins_anew_and_leaves_foreign_files(config, unbroken, tmp_path):
+    shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    short = replace(
+        config, out=tmp_path, trainer=replace(config.trainer, max_epochs=None, max_steps=2, val_check_interval=2)
+    )
+    result = fit(short, restart=True)
+    assert not result.resumed
+    assert json.loads((tmp_path / "finished.json").read_text()) == {"steps": 2}
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 4
+
+
+def test_two_processes_do_not_train_into_one_folder(config, tmp_path):
+    with (
+        fit_module._only_process(tmp_path),
+        pytest.raises(Busy, match="another process is training here"),
+    ):
+        fit(replace(config, out=tmp_path))
+
+
+def test_two_processes_train_to_the_weights_of_one_with_the_whole_batch(config, tmp_path):
+    model = replace(config.model, adapter=AdapterConfig(kind="full"), optimizer=OptimizerConfig(lr=1e-3))
+    short = TrainerConfig(max_steps=3, accelerator="cpu", log_every_n_steps=1)
+    runs = {}
+    for devices, batch_size in ((1, 16), (2, 8)):
+        trainer = replace(short, devices=devices, strategy="ddp" if devices > 1 else "auto")
+        data = replace(config.data, batch_size=batch_size, replay=0.0)
+        runs[devices] = replace(config, out=tmp_path / str(devices), trainer=trainer, data=data, model=model)
+    fit(runs[1])
+    ended = run_script(TRAIN, runs[2], tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    one, two = weights(runs[1].out), weights(runs[2].out)
+    for key in one:
+        # Adam divides by the size of the gradient: where that is rounding alone, so is the step.
+        torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=2e-5)
+    losses = []
+    for run in runs.values():
+        with (run.out / "metrics.csv").open() as file:
+            losses.append([float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+def test_a_metric_that_nothing_measures_is_refused_with_the_nearest(config, tmp_path):
+    asked = EvaluateConfig(monitor="val/image_to_text/recal@1")
+    with pytest.raises(ConfigError, match=r"nothing measures .* Did you mean 'val/image_to_text/recall@1'"):
+        fit(replace(config, out=tmp_path, evaluate=asked))
+
+
+def test_without_a_val_split_nothing_is_monitored_and_the_last_is_kept(config, tmp_path):
+    bare = tiny.write_dataset(tmp_path / "data", train=12, val=0)
+    trainer = replace(config.trainer, max_epochs=1, val_check_interval=None)
+    given = replace(config, out=tmp_path / "run", data=replace(config.data, dataset=bare), trainer=trainer)
+    result = fit(given)
+    assert result.best is None
+    assert result.last.is_file()
+    with pytest.raises(ConfigError, match="has no val split"):
+        fit(replace(given, out=tmp_path / "other", evaluate=EvaluateConfig(monitor="val/loss")))
+
+
+def test_what_the_trainer_refuses_is_a_configuration_error(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"trainer: .*no_such"):
+        fit(replace(config, out=tmp_path, trainer=replace(config.trainer, strategy="no_such")))
+
+
+def test_a_run_is_silent_but_for_its_own_lines(config, tmp_path, capfd):
+    adapter = AdapterConfig(rank=2, lock=["image"])
+    short = replace(
+        config,
+        out=tmp_path,
+        trainer=replace(config.trainer, max_epochs=1),
+        model=replace(config.model, adapter=adapter),
+    )
+    fit(short)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "Tip" not in err
+    assert "GPU available" not in err
+    assert "warn" not in err.lower()
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": torch.tensor(1)}, path)
+    with pytest.raises(Exception, match="pickle"):
+        AtomicCheckpointIO().save_checkpoint({"step": lambda: None}, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+    assert AtomicCheckpointIO().load_checkpoint(path, weights_only=True)["step"] == 1
+
+
+def test_random_states_come_back_through_a_safely_loaded_file(tmp_path):
+    def draw() -> tuple:
+        return random.random(), np.random.rand(), torch.rand(3).tolist()  # noqa: NPY002 - the global state is what is tested
+
+    lightning.seed_everything(5, verbose=False)
+    draw()
+    torch.save(random_state(), tmp_path / "state.pt")
+    expected = draw()
+    draw()
+    set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))  # noqa: TID251 - written above
+    assert draw() == expected
+
+
+def test_metrics_go_on_where_the_run_was_taken_up_again(tmp_path):
+    path = tmp_path / "metrics.csv"
+    first = MetricsFile(path)
+    for step in range(4):
+        first.log_metrics({"train/loss": step / 2, "epoch": 0}, step)
+    second = MetricsFile(path)
+    second.log_metrics({"val/loss": 9.0, "epoch": 0}, 2)
+    assert path.read_text().splitlines() == [
+        "epoch,step,train/loss,val/loss",
+        "0,0,0.0,",
+        "0,1,0.5,",
+        "0,2,,9.0",
+    ]
+
+
+def test_a_plain_lightning_script_works(dataset, architectures, tmp_path):
+    script = f"""
+        import lightning
+        from finetune import CLIPDataModule, CLIPModule
+
+        lightning.seed_everything(1)
+        module = CLIPModule(clip=dict(name={architectures["tiny-vit"]!r}, pretrained=None), adapter=dict(kind="full"))
+        data = CLIPDataModule(dataset={str(dataset)!r}, batch_size=8, num_workers=2)
+        trainer = lightning.Trainer(max_epochs=2, accelerator="cpu", default_root_dir={str(tmp_path)!r})
+        trainer.fit(module, data)
+        print("steps", trainer.global_step, trainer.checkpoint_callback.best_model_path)
+        CLIPModule.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)
+    """
+    ended = run([sys.executable, "-c", textwrap.dedent(script)])
+    assert ended.returncode == 0, ended.stderr
+    assert "steps 10" in ended.stdout
