@@ -200,7 +200,7 @@ def _check_reachable(architecture: str, weights: str | None) -> None:
         _resolves("huggingface.co") or os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
     ):
         raise ModelError(
-            f"clip {architecture}, pretrained {weights}: not in the cache ({constants.HF_HUB_CACHE}) and huggingface.co "
+            f"clip {architecture}, pretrained {weights}: not in the cache ({constants.HF_HUB_CACHE}) and the hub "
             f"cannot be reached; run `hf download {repository}` where it can and copy the cache, or give a local file"
         )
 

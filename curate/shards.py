@@ -429,7 +429,7 @@ class MemberReader:
         content = os.pread(handle, size, offset)
         if len(content) != size:
             raise InputError(
-                f"{self.tars[tar]}: ends at {offset + len(content):,}, before the end of a sample at {offset + size:,}; "
+                f"{self.tars[tar]}: ends at {offset + len(content):,}, but a sample ends at {offset + size:,}; "
                 "copy or build it again"
             )
         return content

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -31,8 +32,9 @@ def main() -> None:
     """Run the demo in ./demo-run."""
     started = time.monotonic()
     site = make_site()
-    _write_folders()
     with serving(site.bodies, _ports()) as web:
+        _begin(web)
+        _write_folders()
         _write_lists(site, web)
         _road(web)
         hits = web.hits()
@@ -40,7 +42,7 @@ def main() -> None:
     _print_figures()
     console.print(
         f"reports: {RUN}/digits/report.html (the dataset), {RUN}/adapted/report.html (the adapted CLIP)\n"
-        f"{time.monotonic() - started:.0f} s; {sum(hits.values()):,} requests, {hits['forbidden']} to the forbidden port"
+        f"{time.monotonic() - started:.0f} s, {sum(hits.values()):,} requests"
     )
     if wrong or hits["forbidden"]:
         sys.exit(f"demo: not under its own reason: {', '.join(wrong) or 'a request to the forbidden port'}")
@@ -58,7 +60,7 @@ def _road(web: Web) -> None:
         "2 Pretrain a small CLIP on it, from scratch",
         ["finetune", "fit", "--config", "configs/finetune/demo_pretrain.yaml"],
     )
-    _step("", ["finetune", "export", "--run", str(RUN / "pretrain"), "--to", str(RUN / "pretrained")])
+    _step("", ["finetune", "export", "--run", str(RUN / "pretrain"), "--out", str(RUN / "pretrained")])
     _step(
         "3 A crawl, most of it junk: select the domain", [*domain, "--urls", str(RUN / "lists/domain.parquet"), allow]
     )
@@ -99,6 +101,15 @@ def _ports() -> list[int]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
+def _begin(web: Web) -> None:
+    """Where a port of the last run is taken, all URLs are new, and nothing of that run can be used."""
+    ports = [web.port, web.forbidden_port, web.closed_port]
+    if _ports() not in ([], ports):
+        shutil.rmtree(RUN)
+    RUN.mkdir(exist_ok=True)
+    (RUN / "ports.json").write_text(json.dumps(ports))
+
+
 def _write_folders() -> None:
     """The test images the user holds, a folder a class, and the examples of the domain."""
     _write_pictures(RUN / "test_digits", digits()[1], by_class=True)
@@ -114,7 +125,6 @@ def _write_pictures(folder: Path, pictures: list[Picture], *, by_class: bool) ->
 
 
 def _write_lists(site: Site, web: Web) -> None:
-    (RUN / "ports.json").write_text(json.dumps([web.port, web.forbidden_port, web.closed_port]))
     (RUN / "lists").mkdir(exist_ok=True)
     for name, rows in (("general", site.general), ("domain", site.domain)):
         urls = [url(row, web.port, web.closed_port) for row in rows]

@@ -1,0 +1,148 @@
+"""Evaluation as part of a training run: the untouched model, every validation, and the checkpoint that is kept.
+
+It writes into the folder of the run:
+
+    before.json       ranks of the untouched model, written before the first step; a resumed run compares with the same
+    evaluation.json   {"before": {METRIC: {value, low, high, n}}, "after": …, "delta": {METRIC: {value, low, high}},
+    "facts": {…}} examples.json     the best images of a few captions, before and after (finetune/examples.py)
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.data import extract_batch_size
+
+from curate.errors import InputError
+from curate.shards import read_index, write_text
+from finetune.config import DataConfig, EvaluateConfig
+from finetune.evaluate import Evaluation, compare, evaluate_clip, metric_names
+from finetune.examples import examples
+from finetune.sets import evaluation_sets
+
+
+class EvaluationCallback(lightning.Callback):
+    """Evaluates the untouched model, the model at each validation, and the best (else last) checkpoint in the end.
+
+    The metrics are logged by their names, so that a checkpoint callback can monitor them. Rank 0 evaluates, the others
+    wait for its figures.
+
+    Args:
+        config: the sets.
+        data: whose val and retain splits are always among them.
+        out: folder of the run.
+    """
+
+    def __init__(self, config: EvaluateConfig, data: DataConfig, out: Path) -> None:
+        self.data, self.out = data, out
+        self.sets = evaluation_sets(config, data.dataset)
+        self.seconds, self.samples = 0.0, 0
+        self._mark = 0.0
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics that will be logged; `monitor` must be one of them."""
+        return metric_names(self.sets)
+
+    def evaluate(self, module: Any, device: torch.device) -> Evaluation:
+        """Evaluate a CLIPModule as it is."""
+        return evaluate_clip(
+            module.model,
+            module.clip.preprocess,
+            module.clip.tokenizer,
+            self.sets,
+            device=device,
+            batch_size=self.data.eval_batch_size,
+        )
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Evaluate the untouched model into before.json; a resumed run has it already."""
+        if trainer.is_global_zero:
+            if not trainer.ckpt_path:
+                write_text(self.out / "before.json", self.evaluate(pl_module, pl_module.device).to_json())
+            elif self._before().sets != self.sets.fingerprint:
+                raise InputError(
+                    f"{self.out / 'before.json'}: made on other evaluation samples than there are now; "
+                    "restore them, or start again in another `out`"
+                )
+        trainer.strategy.barrier("before")
+
+    def _before(self) -> Evaluation:
+        path = self.out / "before.json"
+        if not path.is_file():
+            raise InputError(f"{path}: gone, and the untouched model cannot be measured now; start in another `out`")
+        return Evaluation.from_json(path.read_text(encoding="utf-8"))
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Evaluate and log."""
+        if trainer.sanity_checking:
+            return
+        values = self.evaluate(pl_module, pl_module.device).values() if trainer.is_global_zero else {}
+        # Every rank logs the same figure; their mean is that figure.
+        pl_module.log_dict(trainer.strategy.broadcast(values), sync_dist=trainer.world_size > 1)
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Evaluate the checkpoint that will be exported, and write evaluation.json and examples.json."""
+        if not trainer.is_global_zero:
+            return
+        best = best_checkpoint(trainer)
+        module: Any = type(pl_module).load_from_checkpoint(best, map_location="cpu") if best else pl_module
+        # Lightning has moved the model to the CPU by now.
+        device = trainer.strategy.root_device
+        after = self.evaluate(module.to(device), device)
+        module.to("cpu")
+        before = self._before()
+        facts = self._facts(trainer, pl_module) | {"checkpoint": Path(best).name if best else "last"}
+        write_text(self.out / "evaluation.json", json.dumps(compare(before, after, facts), indent=1))
+        write_text(self.out / "examples.json", json.dumps(examples(self.sets, before, after)))
+
+    def _facts(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> dict[str, Any]:
+        hparams = module.hparams
+        return {
+            "model": " ".join(str(hparams["clip"][key]) for key in ("name", "pretrained") if hparams["clip"][key]),
+            "adapter": hparams["adapter"]["kind"],
+            "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+            "total_parameters": sum(p.numel() for p in module.parameters()),
+            "train_samples": len(read_index(self.data.dataset, "train")),
+            "steps": trainer.global_step,
+            "seconds": round(self.seconds, 1),
+            "samples_per_second": round(self.samples / self.seconds, 1) if self.seconds else None,
+            "dataset": str(self.data.dataset),
+        }
+
+    # Time and samples of the training steps alone, kept over interruptions.
+
+    def on_train_start(self, *_: Any) -> None:
+        """Start the clock."""
+        self._mark = time.monotonic()
+
+    def on_validation_end(self, *_: Any) -> None:
+        """Start it again: evaluation is no training time."""
+        self._mark = time.monotonic()
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *arguments: Any) -> None:
+        """Count the step just made."""
+        _, _, batch, _ = arguments
+        now = time.monotonic()
+        self.seconds, self._mark = self.seconds + now - self._mark, now
+        self.samples += extract_batch_size(batch) * trainer.world_size
+
+    def state_dict(self) -> dict[str, Any]:
+        """Kept in each checkpoint."""
+        return {"seconds": self.seconds, "samples": self.samples}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting from a checkpoint."""
+        self.seconds, self.samples = state_dict["seconds"], state_dict["samples"]
+
+
+def best_checkpoint(trainer: lightning.Trainer) -> str | None:
+    """Path of the best checkpoint by the monitored metric; None if nothing is monitored."""
+    keepers = [keeper for keeper in trainer.checkpoint_callbacks if isinstance(keeper, ModelCheckpoint)]
+    return next((keeper.best_model_path for keeper in keepers if keeper.monitor and keeper.best_model_path), None)

@@ -1,0 +1,292 @@
+"""The command `finetune`: fit, validate, test, evaluate, predict, export, report.
+
+Results go to stdout, progress and mistakes to stderr. Exit status: 0, or that of the error (curate/errors.py);
+Ctrl-C 130. Help and mistakes in the configuration load no torch: what is heavy is imported where it is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from argparse import SUPPRESS
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from curate.errors import CliptailorError, ConfigError
+from curate.options import add_config, as_config, new_parser, parse
+from finetune.arguments import EvaluateOptions, ExportOptions, FiguresOptions, PredictOptions, ReportOptions
+from finetune.config import ClipConfig, FitConfig
+
+if TYPE_CHECKING:
+    from curate.clip import Clip
+    from finetune.sets import EvaluationSets
+
+HELP = {
+    "fit": """
+        Adapt a CLIP to a dataset, with figures before and after. The same command again continues an interrupted run.
+
+          finetune fit --config domain.yaml --model.optimizer.lr 3e-5
+          finetune fit --config domain.yaml --print_config
+        """,
+    "validate": """
+        Figures of a run's CLIP on the val and retain splits of its dataset, and its named sets.
+
+          finetune validate --run runs/domain
+        """,
+    "test": """
+        Figures of a run's CLIP on the test and retain splits of its dataset, and its named sets. Look once, at the end.
+
+          finetune test --run runs/domain --json
+        """,
+    "evaluate": """
+        Figures of one or several CLIPs on any retrieval and zero-shot sets, in one table.
+
+          finetune evaluate --clip.name ViT-B/32 --clip.pretrained openai --run runs/domain \\
+              --evaluate.zero_shot.digits.images digits/ --evaluate.retrieval.flowers flowers/
+        """,
+    "predict": """
+        Probabilities of free-text queries for images: files, folders, or a dataset.
+
+          finetune predict --run runs/domain --images shelf.jpg photos/ --queries "a full shelf" "an empty shelf"
+        """,
+    "export": """
+        Write a run's CLIP as a folder that open_clip loads (local-dir:FOLDER), or its LoRA alone.
+
+          finetune export --run runs/domain --to open_clip --out domain-clip
+        """,
+    "report": """
+        Write RUN/report.html again.
+
+          finetune report --run runs/domain
+        """,
+}
+OPTIONS: dict[str, type] = {
+    "fit": FitConfig,
+    "validate": FiguresOptions,
+    "test": FiguresOptions,
+    "evaluate": EvaluateOptions,
+    "predict": PredictOptions,
+    "export": ExportOptions,
+    "report": ReportOptions,
+}
+AS_JSON = {"--json": "Print JSON instead of a table."}
+SWITCHES = {
+    "fit": {"--restart": "Forget what an earlier run left in `out`."},
+    "validate": AS_JSON,
+    "test": AS_JSON,
+    "evaluate": AS_JSON,
+    "predict": {"--json": "Print JSON with all probabilities.", "--csv": "Print CSV with all probabilities."},
+}
+USAGE = {"fit": "finetune fit --config FILE [--KEY VALUE …]"}
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of the whole command."""
+    parser = new_parser(
+        "Adapt a CLIP to a domain, measure what that changed, use and export it.",
+        "finetune {" + ",".join(HELP) + "} …  (finetune COMMAND --help)",
+    )
+    commands = parser.add_subcommands(required=True, dest="command", title="commands", description=None)
+    for name, text in HELP.items():
+        command = new_parser(text, USAGE.get(name, f"finetune {name} [--KEY VALUE …]"))
+        add_config(command, OPTIONS[name])
+        for flag, help_text in SWITCHES.get(name, {}).items():
+            command.add_argument(flag, action="store_true", default=SUPPRESS, help=help_text)
+        if name == "evaluate":
+            command.add_argument(
+                "--run", nargs="+", type=Path, default=[], help="Folders of runs, or checkpoint files."
+            )
+        if name == "predict":
+            command.add_argument("--images", nargs="+", type=Path, required=True, help="Files, folders, or a dataset.")
+            command.add_argument("--queries", nargs="+", type=str, required=True, help="Texts to choose among.")
+        commands.add_subcommand(name, command, help=text.strip().splitlines()[0])
+    return parser
+
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+
+def fit(options: Namespace) -> None:
+    """Train, write the report, print before and after."""
+    config = as_config(options, FitConfig)
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
+
+    from finetune import report
+    from finetune.fit import fit as run_fit
+
+    run_fit(config, restart=options.get("restart", False))
+    if getattr(rank_zero_only, "rank", 0):  # another process of the same run prints
+        return
+    from finetune.tables import change_table, show
+
+    show(change_table(json.loads((config.out / "evaluation.json").read_text(encoding="utf-8"))))
+    print(f"report: {report.run(config.out)}")
+    print(f"export: finetune export --run {config.out} --to open_clip --out FOLDER")
+
+
+def validate(options: Namespace) -> None:
+    """Figures on val and retain."""
+    _figures_of_run(as_config(options, FiguresOptions), "val", as_json=options.get("json", False))
+
+
+def test(options: Namespace) -> None:
+    """Figures on test and retain."""
+    _figures_of_run(as_config(options, FiguresOptions), "test", as_json=options.get("json", False))
+
+
+def _figures_of_run(options: FiguresOptions, split: str, *, as_json: bool) -> None:
+    from finetune.runs import checkpoint_of, load_trained_clip, run_config
+    from finetune.sets import dataset_sets
+
+    config = run_config(options.run)
+    sets = dataset_sets(config.evaluate, config.data.dataset, split)
+    clip = load_trained_clip(checkpoint_of(options.run, options.checkpoint), options.device)
+    summary = _evaluate(clip, sets, config.data.eval_batch_size)
+    _show_figures({str(options.run): summary}, as_json=as_json)
+
+
+def evaluate(options: Namespace) -> None:
+    """Figures of several CLIPs in one table."""
+    chosen = as_config(options, EvaluateOptions)
+    sets = _sets(chosen, options.run)
+    if not chosen.clip and not options.run:
+        raise ConfigError("evaluate: give --clip.name (and --clip.pretrained), or --run, or both")
+    summaries = {}
+    for name, load in _clips(chosen.clip, options.run, chosen.checkpoint, chosen.device).items():
+        summaries[name] = _evaluate(load(), sets, chosen.batch_size)
+    _show_figures(summaries, as_json=options.get("json", False))
+
+
+def _sets(options: EvaluateOptions, runs: Sequence[Path]) -> EvaluationSets:
+    from finetune.runs import run_config
+    from finetune.sets import dataset_sets, evaluation_sets
+
+    named = options.evaluate
+    if options.dataset:
+        return dataset_sets(named, options.dataset, options.split)
+    if named.retrieval or named.zero_shot:
+        return evaluation_sets(named)
+    if not runs:
+        raise ConfigError(
+            "evaluate: nothing to evaluate on; give --dataset, --evaluate.retrieval or --evaluate.zero_shot"
+        )
+    config = run_config(runs[0])
+    return dataset_sets(config.evaluate, config.data.dataset, options.split)
+
+
+def _clips(
+    clip: ClipConfig | None, runs: Sequence[Path], checkpoint: str, device: str
+) -> dict[str, Callable[[], Clip]]:
+    """What loads each CLIP, by the name it is shown under; one after the other, so that one is in memory."""
+    from curate.clip import load_clip
+    from finetune.runs import checkpoint_of, load_trained_clip
+
+    found: dict[str, Callable[[], Clip]] = {}
+    if clip:
+        name, pretrained = clip.name, None if clip.name.startswith(("local-dir:", "hf-hub:")) else clip.pretrained
+        found[" ".join(filter(None, (name, pretrained)))] = lambda: load_clip(name, pretrained, device=device)
+    for path in [checkpoint_of(run, checkpoint) for run in runs]:
+        found[str(path)] = lambda path=path: load_trained_clip(path, device)  # type: ignore[misc]
+    return found
+
+
+def _evaluate(clip: Clip, sets: EvaluationSets, batch_size: int) -> dict[str, dict[str, float]]:
+    from finetune.evaluate import evaluate_clip
+
+    return evaluate_clip(
+        clip.model, clip.preprocess, clip.tokenizer, sets, device=clip.device, batch_size=batch_size
+    ).summary()
+
+
+def _show_figures(summaries: dict[str, dict[str, dict[str, float]]], *, as_json: bool) -> None:
+    from finetune.tables import figures_table, show
+
+    if as_json:
+        print(json.dumps(summaries, indent=1))
+    else:
+        show(figures_table(summaries))
+
+
+def predict(options: Namespace) -> None:
+    """Probabilities of queries for images."""
+    chosen = as_config(options, PredictOptions)
+    if bool(chosen.run) == bool(chosen.clip):
+        raise ConfigError("predict: give either --run, or --clip.name (and --clip.pretrained)")
+    from finetune.predict import find_images
+    from finetune.predict import predict as run_predict
+    from finetune.tables import prediction_table, show
+
+    images, names = find_images(options.images)
+    load = next(
+        iter(_clips(chosen.clip, [chosen.run] if chosen.run else [], chosen.checkpoint, chosen.device).values())
+    )
+    found = run_predict(load(), images, names, options.queries, batch_size=chosen.batch_size)
+    if options.get("json"):
+        print(found.to_json())
+    elif options.get("csv"):
+        print(found.to_csv(), end="")
+    else:
+        show(prediction_table(found.images, found.queries, found.probabilities.tolist(), chosen.top))
+
+
+def export(options: Namespace) -> None:
+    """Write a run's CLIP for others."""
+    chosen = as_config(options, ExportOptions)
+    from finetune.export import export as run_export
+
+    checkpoint = run_export(chosen.run, chosen.out, chosen.to, checkpoint=chosen.checkpoint)
+    print(f"{checkpoint} → {chosen.out}")
+    if chosen.to == "open_clip":
+        print(f'open_clip.create_model_and_transforms("local-dir:{chosen.out}")')
+
+
+def report(options: Namespace) -> None:
+    """Write the report again."""
+    chosen = as_config(options, ReportOptions)
+    from finetune import report as reports
+
+    print(reports.run(chosen.run))
+
+
+COMMANDS: dict[str, Callable[[Namespace], None]] = {
+    "fit": fit,
+    "validate": validate,
+    "test": test,
+    "evaluate": evaluate,
+    "predict": predict,
+    "export": export,
+    "report": report,
+}
+
+
+def _log_to_stderr() -> None:
+    """Our own progress only: what open_clip logs on the root logger comes again, in our words, as an error."""
+    logging.getLogger().addHandler(logging.NullHandler())
+    ours = logging.getLogger("cliptailor")
+    ours.setLevel(logging.INFO)
+    if not ours.handlers:
+        ours.addHandler(logging.StreamHandler())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _log_to_stderr()
+    try:
+        options: Any = parse(build_parser(), arguments, OPTIONS)
+        COMMANDS[options.command](options[options.command])
+    except CliptailorError as error:
+        print(f"finetune: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("finetune: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

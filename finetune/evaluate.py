@@ -1,0 +1,268 @@
+"""Evaluate a CLIP on retrieval and zero-shot sets, and compare two evaluations.
+
+An evaluation keeps the *rank* of every sample (finetune/metrics.py), and everything else is read off them: the figures,
+their intervals, and the paired intervals of what training changed. Metric names have one order of words:
+
+    val/image_to_text/recall@1   val/text_to_image/median_rank   zero_shot/digits/top1   zero_shot/digits/per_class_mean
+
+A recall@k or top-k with no more than k candidates is always 1 and left out.
+
+Embeddings are computed in the weights' own precision, without autocast, and by this one way for every command, so that
+figures can be compared.
+
+Letters: N images · M captions · C classes · B batch · D embedding width · H W image.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from curate.errors import InputError
+from finetune.metrics import (
+    Outcomes,
+    bootstrap_interval,
+    class_ranks,
+    median_rank,
+    paired_bootstrap,
+    per_class_mean,
+    recall_at,
+    retrieval_ranks,
+)
+from finetune.prompts import zero_shot_classifier
+from finetune.sets import EvaluationSets, Images, RetrievalSet, ZeroShotSet
+
+logger = logging.getLogger("cliptailor")
+
+RECALLS = (1, 5, 10)
+TOPS = (1, 5)
+DECODERS = 4  # threads that decode and preprocess; both release the interpreter's lock for most of their time
+EXAMPLES = 6  # captions of examples.json
+EXAMPLE_IMAGES = 4  # images shown for each
+
+Preprocess = Callable[[Image.Image], torch.Tensor]
+Tokenizer = Callable[[Sequence[str]], torch.Tensor]
+
+
+# --- what an evaluation is -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The rank of every query of one task: in a retrieval direction, or (with `labels`) of each image's true class."""
+
+    ranks: list[int]
+    candidates: int
+    labels: list[int] | None = None
+
+    def outcomes(self) -> dict[str, Outcomes]:
+        """The task's metrics."""
+        if self.labels is None:
+            recalls = {f"recall@{k}": recall_at(self.ranks, k) for k in RECALLS if k == 1 or k < self.candidates}
+            return {**recalls, "median_rank": median_rank(self.ranks)}
+        tops = {f"top{k}": recall_at(self.ranks, k) for k in TOPS if k < self.candidates}
+        return {**tops, "per_class_mean": per_class_mean(self.ranks, self.labels)}
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What one CLIP did on the sets.
+
+    Attributes:
+        sets: fingerprint of the sets.
+        rankings: by task: `val/image_to_text`, `zero_shot/digits`, …
+        examples: by retrieval set: for some captions (numbers in the set) the best images: (number, cosine similarity).
+    """
+
+    sets: str
+    rankings: dict[str, Ranking]
+    examples: dict[str, dict[str, list[tuple[int, float]]]] = field(default_factory=dict)
+
+    def outcomes(self) -> dict[str, Outcomes]:
+        """Every metric, by its full name."""
+        return {
+            f"{task}/{metric}": outcomes
+            for task, ranking in self.rankings.items()
+            for metric, outcomes in ranking.outcomes().items()
+        }
+
+    def values(self) -> dict[str, float]:
+        """Every metric's value."""
+        return {metric: outcomes.value for metric, outcomes in self.outcomes().items()}
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Every metric's value, its 95 % interval (low, high) and the number of samples n."""
+        table = {}
+        for metric, outcomes in self.outcomes().items():
+            low, high = bootstrap_interval(outcomes)
+            table[metric] = {"value": outcomes.value, "low": low, "high": high, "n": len(outcomes.values)}
+        return table
+
+    def to_json(self) -> str:
+        """Everything, as text that `from_json` reads back."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Evaluation:
+        """Read back what `to_json` gave."""
+        read = json.loads(text)
+        rankings = {task: Ranking(**ranking) for task, ranking in read["rankings"].items()}
+        return Evaluation(read["sets"], rankings, read["examples"])
+
+
+def metric_names(sets: EvaluationSets) -> list[str]:
+    """Names of the metrics that these sets give."""
+    rankings = {}
+    for task in sets.retrieval:
+        rankings[f"{task.name}/image_to_text"] = Ranking([1], len(task.captions))
+        rankings[f"{task.name}/text_to_image"] = Ranking([1], len(task.images))
+    for zero_shot in sets.zero_shot:
+        rankings[f"zero_shot/{zero_shot.name}"] = Ranking([1], len(zero_shot.classes), [0])
+    return list(Evaluation("", rankings).outcomes())
+
+
+def compare(before: Evaluation, after: Evaluation, facts: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What `evaluation.json` holds: both summaries, and for each metric `after - before` with its paired 95 % interval.
+
+    Raises:
+        InputError: the two were not made on the same sets.
+    """
+    if before.sets != after.sets:
+        raise InputError("before and after were evaluated on different samples; start the run again in another `out`")
+    was, now = before.outcomes(), after.outcomes()
+    delta = {}
+    for metric in now:
+        low, high = paired_bootstrap(was[metric], now[metric])
+        delta[metric] = {"value": now[metric].value - was[metric].value, "low": low, "high": high}
+    return {"before": before.summary(), "after": after.summary(), "delta": delta, "facts": facts or {}}
+
+
+# --- evaluating ------------------------------------------------------------------------------------------------------
+
+
+def evaluate_clip(
+    model: torch.nn.Module,
+    preprocess: Preprocess,
+    tokenizer: Tokenizer,
+    sets: EvaluationSets,
+    *,
+    device: torch.device | str,
+    batch_size: int,
+) -> Evaluation:
+    """Evaluate a CLIP (open_clip's `encode_image` and `encode_text`) on all sets.
+
+    The model comes back as it was: each module's train or eval mode, and torch's random state.
+
+    Raises:
+        InputError: an image cannot be read; names it.
+    """
+    towers = Encoder(model, preprocess, tokenizer, torch.device(device), batch_size)
+    rankings: dict[str, Ranking] = {}
+    examples = {}
+    with _undisturbed(model, towers.device), torch.no_grad():
+        for retrieval in sets.retrieval:
+            logger.info("evaluating %s: %d images", retrieval.name, len(retrieval.images))
+            found, examples[retrieval.name] = _retrieve(towers, retrieval)
+            rankings |= found
+        for zero_shot in sets.zero_shot:
+            logger.info("evaluating zero_shot/%s: %d images", zero_shot.name, len(zero_shot.images))
+            rankings[f"zero_shot/{zero_shot.name}"] = _classify(towers, zero_shot)
+    return Evaluation(sets.fingerprint, rankings, examples)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A CLIP and how to feed it: images and captions to embeddings. Use it in eval mode, without gradient."""
+
+    model: Any  # a CLIP; torch.nn.Module does not say what it has
+    preprocess: Preprocess
+    tokenizer: Tokenizer
+    device: torch.device
+    batch_size: int
+
+    def images(self, images: Images) -> torch.Tensor:
+        """Embeddings (N, D), float32, L2-normalised."""
+        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        batches = pixel_batches(images, self.preprocess, self.batch_size)
+        return torch.cat([_normalised(self.model.encode_image(pixels.to(self.device, dtype))) for pixels in batches])
+
+    def captions(self, captions: list[str]) -> torch.Tensor:
+        """Embeddings (M, D), float32, L2-normalised."""
+        starts = range(0, len(captions), self.batch_size)
+        tokens = (self.tokenizer(captions[start : start + self.batch_size]).to(self.device) for start in starts)
+        return torch.cat([_normalised(self.model.encode_text(token_BL)) for token_BL in tokens])
+
+
+def _normalised(features_BD: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(features_BD.float(), dim=-1)
+
+
+def _retrieve(towers: Encoder, task: RetrievalSet) -> tuple[dict[str, Ranking], dict[str, list[tuple[int, float]]]]:
+    image_ND, caption_MD = towers.images(task.images), towers.captions(task.captions)
+    pairs_P2 = torch.from_numpy(task.pairs)
+    to_text = retrieval_ranks(image_ND, caption_MD, pairs_P2)
+    to_image = retrieval_ranks(caption_MD, image_ND, pairs_P2.flip(1))
+    rankings = {
+        f"{task.name}/image_to_text": Ranking(to_text.tolist(), len(caption_MD)),
+        f"{task.name}/text_to_image": Ranking(to_image.tolist(), len(image_ND)),
+    }
+    return rankings, _best_images(image_ND, caption_MD)
+
+
+def _best_images(image_ND: torch.Tensor, caption_MD: torch.Tensor) -> dict[str, list[tuple[int, float]]]:
+    """The best images of a few captions, drawn by seed (not picked: an example should not flatter)."""
+    drawn = np.random.default_rng(0).permutation(len(caption_MD))[:EXAMPLES]
+    best = {}
+    for caption in sorted(drawn.tolist()):
+        found = (image_ND @ caption_MD[caption]).topk(min(EXAMPLE_IMAGES, len(image_ND)))
+        best[str(caption)] = list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+    return best
+
+
+def _classify(towers: Encoder, task: ZeroShotSet) -> Ranking:
+    classifier_CD = zero_shot_classifier(towers.captions, task.classes, task.templates)
+    score_NC = towers.images(task.images) @ classifier_CD.T
+    ranks = class_ranks(score_NC, torch.tensor(task.labels, device=score_NC.device))
+    return Ranking(ranks.tolist(), len(task.classes), task.labels)
+
+
+def pixel_batches(images: Images, preprocess: Preprocess, batch_size: int) -> Iterator[torch.Tensor]:
+    """Preprocessed pixels (B, 3, H, W) in order; the next batch is decoded while the caller works on this one."""
+
+    def load(number: int) -> torch.Tensor:
+        return preprocess(images.open(number))
+
+    waiting: deque[list[Future[torch.Tensor]]] = deque()
+    with ThreadPoolExecutor(DECODERS) as pool:
+        for first in range(0, len(images), batch_size):
+            waiting.append([pool.submit(load, n) for n in range(first, min(first + batch_size, len(images)))])
+            if len(waiting) > 1:
+                yield torch.stack([loaded.result() for loaded in waiting.popleft()])
+        for batch in waiting:
+            yield torch.stack([loaded.result() for loaded in batch])
+
+
+@contextmanager
+def _undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """The model in eval mode; afterwards each module's mode and torch's random state are as before.
+
+    Exact resume depends on it: a run that evaluates draws the same dropout masks as one that does not.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training

@@ -1,0 +1,79 @@
+"""What the commands print: figures of one or several CLIPs, before and after, predictions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+PIPE_WIDTH = 1_000  # a table takes what it needs
+Summary = Mapping[str, Mapping[str, float]]
+
+
+def show(table: Table) -> None:
+    """Print to stdout; where that is no terminal, wide enough that nothing is cut."""
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
+
+
+def figures_table(summaries: Mapping[str, Summary]) -> Table:
+    """One row a metric, one column a CLIP: value and 95 % interval."""
+    table = Table(title="with 95 % intervals", title_justify="left")
+    table.add_column("metric", no_wrap=True)
+    table.add_column("n", justify="right")
+    for name in summaries:
+        table.add_column(name, justify="right", overflow="fold")
+    for metric in dict.fromkeys(metric for summary in summaries.values() for metric in summary):
+        cells = [summary.get(metric) for summary in summaries.values()]
+        size = max(int(cell["n"]) for cell in cells if cell)
+        table.add_row(metric, f"{size:,}", *(interval(metric, cell) if cell else "" for cell in cells))
+    return table
+
+
+def change_table(evaluation: Mapping[str, Any]) -> Table:
+    """evaluation.json as a table: before, after and the change; a change whose interval excludes 0 is coloured."""
+    table = Table(title="before and after, with 95 % intervals", title_justify="left")
+    table.add_column("metric", no_wrap=True)
+    for column in ("n", "before", "after", "change"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for metric, after in evaluation["after"].items():
+        before, delta = evaluation["before"][metric], evaluation["delta"][metric]
+        change = f"[{_style(metric, delta)}]{interval(metric, delta, sign='+')}"
+        table.add_row(metric, f"{after['n']:,}", interval(metric, before), interval(metric, after), change)
+    return table
+
+
+def _style(metric: str, delta: Mapping[str, float]) -> str:
+    if delta["low"] <= 0 <= delta["high"]:
+        return "default"
+    better = delta["value"] < 0 if is_rank(metric) else delta["value"] > 0
+    return "green" if better else "red"
+
+
+def is_rank(metric: str) -> bool:
+    """Whether the metric is a rank, of which less is better; the others are shares."""
+    return metric.endswith("median_rank")
+
+
+def interval(metric: str, figure: Mapping[str, float], sign: str = "") -> str:
+    """`91.2 % (88.0 to 94.1)`; ranks without percent."""
+    if is_rank(metric):
+        return f"{figure['value']:{sign}.1f} ({figure['low']:{sign}.1f} to {figure['high']:{sign}.1f})"
+    value, low, high = (100 * figure[key] for key in ("value", "low", "high"))
+    return f"{value:{sign}.1f} % ({low:{sign}.1f} to {high:{sign}.1f})"
+
+
+def prediction_table(
+    images: Sequence[str], queries: Sequence[str], probabilities: Sequence[Sequence[float]], top: int
+) -> Table:
+    """One row an image: its `top` most probable queries."""
+    table = Table()
+    table.add_column("image", overflow="fold")
+    for place in range(1, min(top, len(queries)) + 1):
+        table.add_column(f"{place}.", overflow="fold")
+    for image, row in zip(images, probabilities, strict=True):
+        best = sorted(zip(row, queries, strict=True), key=lambda pair: -pair[0])[:top]
+        table.add_row(image, *(f"{probability:6.1%}  {query}" for probability, query in best))
+    return table

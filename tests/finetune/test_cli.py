@@ -1,0 +1,293 @@
+"""The command as users type it: real processes for what costs start-up time, `main` for the rest."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from curate.options import in_words, read_config
+from finetune.cli import HELP, main
+from finetune.config import AdapterConfig, FitConfig
+from finetune.tables import change_table
+from tests.finetune.fitted import fit_tiny
+
+HEAVY = ("torch", "lightning", "open_clip", "pyarrow", "pandas", "duckdb", "transformers", "PIL", "numpy")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, dataset, architectures):
+    adapter = AdapterConfig(kind="lora", rank=2)
+    return fit_tiny(tmp_path_factory.mktemp("fitted"), dataset, architectures["tiny-vit"], adapter)
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one line that a wrong command line gets; its exit status is 2."""
+    assert main([str(argument) for argument in arguments]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.count("\n") == 1
+    return error.removeprefix("finetune: ").strip()
+
+
+# --- start-up --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"], ["fit", "--model.adpter.kind", "lora"]])
+def test_help_and_mistakes_load_nothing_heavy(arguments):
+    code = f"""
+import sys
+from finetune.cli import main
+try:
+    main({arguments!r})
+except SystemExit:
+    pass
+loaded = sorted(name for name in {HEAVY!r} if name in sys.modules)
+assert not loaded, loaded
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_help_takes_less_than_half_a_second_of_cpu():
+    def seconds() -> float:
+        import resource
+
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "finetune", "--help"], check=True, capture_output=True, timeout=60)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    # CPU time: other work on the machine does not count. Best of three: the first may compile bytecode.
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_each_command_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"\n  finetune {command} --" in capsys.readouterr().out
+
+
+def test_the_help_of_fit_explains_every_key(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Peak learning rate: about 1e-4 for LoRA, 1e-5 for full." in text
+    assert "Rank of the LoRA update. (type: int, default: 16)" in text
+    assert "<class 'finetune" not in text
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: {adpter: {kind: lora}}", "no key 'model.adpter'. Did you mean 'model.adapter'?"),
+        ("lr: 1e-4", "no key 'lr'. Did you mean 'model.optimizer.lr'?"),
+        (
+            "evaluate: {zero_shot: {a: {image: x}}}",
+            "no key 'evaluate.zero_shot.a.image'. Did you mean 'evaluate.zero_shot.a.images'?",
+        ),
+        ("model: 3", "model: expected keys (clip, adapter, loss, optimizer), got 3"),
+        ("- a", "the file: expected keys (out, "),
+        ("a: [1", "line 1: not YAML ("),
+    ],
+)
+def test_a_wrong_yaml_file_is_one_line_with_the_nearest_key(content, message, tmp_path, capsys):
+    path = tmp_path / "domain.yaml"
+    path.write_text(content)
+    assert refused(capsys, "fit", "--config", path).startswith(f"{path}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("fit --model.adpter.kind lora", "no key 'model.adpter.kind'. Did you mean 'model.adapter.kind'?"),
+        ("fit --model.adapter.kin lora", "no key 'model.adapter.kin'. Did you mean 'model.adapter.kind'?"),
+        ("fit --model.optimizer.lr abc", "model.optimizer.lr: expected a number, got 'abc'"),
+        ("fit --model.optimizer.lr -1", "model.optimizer.lr: expected above 0, got -1.0"),
+        ("fit --trainer.max_epochs x", "trainer.max_epochs: expected a whole number or null, got 'x'"),
+        ("fit --model.adapter.kind lorra", "model.adapter.kind: expected one of full, lora, got 'lorra'"),
+        ("fit --out", "--out: expected one argument"),
+        ("fit --config nowhere.yaml", "--config nowhere.yaml: cannot be read (No such file or directory)"),
+        ("fitt", "no command 'fitt'. Did you mean 'fit'?"),
+        ("", "a command is needed; see --help"),
+        ("export --run runs/a", "--out is needed; see --help"),
+        ("evaluate --clip.nam x", "clip: no key 'nam'. Did you mean 'name'?"),
+        ("evaluate", "evaluate: nothing to evaluate on; give --dataset, --evaluate.retrieval or --evaluate.zero_shot"),
+        ("predict --images a.jpg --queries cat", "predict: give either --run, or --clip.name (and --clip.pretrained)"),
+        ("test --run nowhere", "nowhere: no config.yaml; expected the folder of a run (`out` of `finetune fit`)"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_status_2(arguments, message, capsys):
+    assert refused(capsys, *arguments.split()) == message
+
+
+def test_ctrl_c_ends_with_130(monkeypatch, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules["finetune.cli"].COMMANDS, "report", interrupt)
+    assert main(["report", "--run", "x"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("hint", "words"),
+    [
+        (Path, "a path"),
+        (int | None, "a whole number or null"),
+        (list[str], "a list, each text"),
+        (tuple[float, float], "a list of 2: a number, a number"),
+        (dict[str, int], "a mapping of names to a whole number"),
+    ],
+)
+def test_types_are_named_in_words(hint, words):
+    assert in_words(hint) == words
+
+
+@pytest.mark.parametrize(
+    ("metric", "low", "value", "high", "colour"),
+    [
+        ("val/image_to_text/recall@1", 0.01, 0.1, 0.2, "green"),
+        ("val/image_to_text/recall@1", -0.2, -0.1, -0.01, "red"),
+        ("val/image_to_text/recall@1", -0.1, 0.1, 0.2, "default"),
+        ("val/image_to_text/median_rank", -9, -5, -2, "green"),
+        ("val/image_to_text/median_rank", 2, 5, 9, "red"),
+    ],
+)
+def test_a_change_is_coloured_where_its_interval_excludes_0_and_lower_ranks_are_better(
+    metric, low, value, high, colour
+):
+    figure = {"value": 1.0, "low": 1.0, "high": 1.0, "n": 4}
+    delta = {metric: {"value": value, "low": low, "high": high}}
+    table = change_table({"before": {metric: figure}, "after": {metric: figure}, "delta": delta})
+    assert next(iter(table.columns[-1].cells)).startswith(f"[{colour}]")
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+def test_flags_after_a_file_override_it_and_paths_start_at_the_working_directory(tmp_path, capsys, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.yaml").write_text(
+        "{out: runs/a, data: {dataset: my/data, batch_size: 8}, model: {optimizer: {lr: 1e-3}}}"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "sub/a.yaml", "--model.optimizer.lr", "3e-5", "--print_config"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    shown = yaml.safe_load(printed)
+    assert (shown["out"], shown["data"]["dataset"], shown["data"]["batch_size"]) == ("runs/a", "my/data", 8)
+    assert shown["model"]["optimizer"]["lr"] == 3e-5
+    # What is printed is a whole configuration again.
+    (tmp_path / "printed.yaml").write_text(printed)
+    assert read_config(tmp_path / "printed.yaml", FitConfig).model.optimizer.lr == 3e-5
+
+
+def test_the_configuration_of_a_run_reads_back_as_it_was(config):
+    assert read_config(config.out / "config.yaml", FitConfig) == config
+
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+
+def test_fit_prints_before_and_after_and_does_nothing_the_second_time(config, capsys):
+    started = time.monotonic()
+    assert main(["fit", "--config", str(config.out / "config.yaml")]) == 0
+    out, error = capsys.readouterr()
+    assert "val/image_to_text/recall@1" in out
+    assert re.search(r"│ +before │ +after │ +change │|before.*after.*change", out)
+    assert f"report: {config.out / 'report.html'}" in out
+    assert (config.out / "report.html").is_file()
+    assert "finished already" in error
+    assert time.monotonic() - started < 60
+
+
+def test_validate_prints_the_figures_that_fit_found(config, capsys):
+    assert main(["validate", "--run", str(config.out), "--json", "--device", "cpu"]) == 0
+    figures = json.loads(capsys.readouterr().out)[str(config.out)]
+    assert figures == json.loads((config.out / "evaluation.json").read_text())["after"]
+
+
+def test_test_needs_a_test_split(config, capsys):
+    assert "no test split to evaluate on; splits there: train, val, retain" in refused(
+        capsys, "test", "--run", config.out
+    )
+
+
+def test_evaluate_puts_several_clips_in_one_table(config, capsys):
+    clip, run = config.model.clip.name, str(config.out)
+    arguments = [
+        "evaluate",
+        "--clip.name",
+        clip,
+        "--clip.pretrained",
+        "null",
+        "--run",
+        run,
+        run,
+        "--checkpoint",
+        "last",
+    ]
+    sets = ["--evaluate.retrieval.all", str(config.data.dataset), "--device", "cpu"]
+    assert main([*arguments, *sets, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert list(figures) == [clip, f"{run}/checkpoints/last.ckpt"]  # the same run twice is one column
+    assert all(list(of) == list(figures[clip]) for of in figures.values())
+    assert main([*arguments, *sets]) == 0
+    table = capsys.readouterr().out
+    assert "all/text_to_image/recall@10" in table
+    assert "tiny-vit.json" in table
+
+
+def test_evaluate_takes_the_sets_of_the_run_where_none_is_given(config, capsys):
+    assert main(["evaluate", "--run", str(config.out), "--split", "val", "--json", "--device", "cpu"]) == 0
+    figures = next(iter(json.loads(capsys.readouterr().out).values()))
+    assert {"val/image_to_text/recall@1", "zero_shot/colours/top1"} <= set(figures)
+
+
+def test_export_then_predict_gives_the_same_probabilities_as_the_run(config, tmp_path, capsys):
+    assert main(["export", "--run", str(config.out), "--out", str(tmp_path / "clip")]) == 0
+    assert f"local-dir:{tmp_path / 'clip'}" in capsys.readouterr().out
+    images = str(config.evaluate.zero_shot["colours"].images)
+    rest = ["--images", images, "--queries", "red", "a blue circle", "--device", "cpu"]
+    assert main(["predict", "--run", str(config.out), *rest, "--csv"]) == 0
+    of_run = list(csv.reader(io.StringIO(capsys.readouterr().out)))
+    assert main(["predict", "--clip.name", f"local-dir:{tmp_path / 'clip'}", *rest, "--json"]) == 0
+    of_export = json.loads(capsys.readouterr().out)
+    assert of_run[0] == ["image", "red", "a blue circle"]
+    assert [row[0] for row in of_run[1:]] == [row["image"] for row in of_export]
+    for row, exported in zip(of_run[1:], of_export, strict=True):
+        assert [float(cell) for cell in row[1:]] == pytest.approx(list(exported["probabilities"].values()), abs=1e-4)
+    assert main(["predict", "--run", str(config.out), *rest, "--top", "1"]) == 0
+    assert re.search(r"\d+\.\d% +(red|a blue circle)", capsys.readouterr().out)
+
+
+def test_report_writes_the_report_again(config, capsys):
+    (config.out / "report.html").unlink(missing_ok=True)
+    assert main(["report", "--run", str(config.out)]) == 0
+    assert capsys.readouterr().out.strip() == str(config.out / "report.html")
+    assert (config.out / "report.html").is_file()
+
+
+def test_python_m_finetune_has_the_exit_status_of_the_error():
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune", "fit", "--config", "nowhere.yaml"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "finetune: --config nowhere.yaml: cannot be read (No such file or directory)\n"

@@ -1,0 +1,65 @@
+"""Every configuration that ships can be used as it is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import yaml
+
+from curate.options import read_config
+from finetune.config import FitConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = [
+    CONFIGS / "domain.yaml",
+    *(CONFIGS / "finetune" / f"{name}.yaml" for name in ("lora", "full", "lit", "scratch")),
+]
+SHIPPED = [CONFIGS / "domain.yaml", *sorted((CONFIGS / "finetune").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_yaml_loads(path):
+    assert isinstance(read_config(path, FitConfig), FitConfig)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_names_the_folder_of_its_run_and_an_existing_clip(path):
+    import open_clip
+
+    config = read_config(path, FitConfig)
+    clip = config.model.clip
+    assert config.out.parts[0] == "runs"
+    assert clip.name in open_clip.list_models()
+    assert clip.pretrained is None or clip.pretrained in open_clip.list_pretrained_tags_by_model(clip.name)
+
+
+def keys(config: type) -> dict[str, Any]:
+    hints = get_type_hints(config)
+    return {name: keys(hint) if is_dataclass(hint) else None for name, hint in hints.items()}
+
+
+def shape(tree: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    return {name: shape(tree[name], inner) if inner else None for name, inner in like.items() if name in tree}
+
+
+def test_the_example_explains_every_key_in_a_line():
+    text = (CONFIGS / "domain.yaml").read_text(encoding="utf-8")
+    assert shape(yaml.safe_load(text), keys(FitConfig)) == keys(FitConfig)
+    lines = [line for line in text.splitlines() if re.match(r"\s*\w+: +\S", line)]
+    unexplained = [line for line in lines if not re.search(r"\S +# \S", line) and "clip:" not in line]
+    assert not unexplained
+
+
+def test_the_example_is_a_bf16_lora_of_openais_vit_b_32():
+    config = read_config(CONFIGS / "domain.yaml", FitConfig)
+    assert (config.model.clip.name, config.model.clip.pretrained) == ("ViT-B-32", "openai")
+    assert (config.model.adapter.kind, config.trainer.precision) == ("lora", "bf16-mixed")
+
+
+def test_lit_locks_the_image_tower_and_scratch_starts_from_random_weights():
+    assert read_config(CONFIGS / "finetune" / "lit.yaml", FitConfig).model.adapter.lock == ["image"]
+    assert read_config(CONFIGS / "finetune" / "scratch.yaml", FitConfig).model.clip.pretrained is None

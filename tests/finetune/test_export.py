@@ -1,0 +1,185 @@
+"""What is exported, loaded by open_clip alone in a fresh process, gives the embeddings of the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import open_clip
+import pytest
+import safetensors.torch
+import tokenizers
+import torch
+from open_clip.tokenizer import HFTokenizer
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from transformers import PreTrainedTokenizerFast
+
+from curate.clip import Clip, load_clip
+from curate.errors import InputError, ModelError
+from finetune.config import AdapterConfig
+from finetune.export import check_export, export, write_open_clip
+from finetune.runs import checkpoint_of, load_module, load_trained_clip
+from tests.finetune.fitted import fit_tiny
+
+CAPTIONS = ["a red circle", "ein Größentest: 12 × 3", "a very " + "long " * 30 + "caption"]
+ALONE = """
+import json, sys
+sys.modules["finetune"] = sys.modules["curate"] = None  # importing them fails from here on
+import numpy as np, open_clip, torch
+from PIL import Image
+folder, picture, captions, out = sys.argv[1:]
+model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+model.eval()
+tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(json.loads(captions))
+with torch.no_grad():
+    image = model.encode_image(preprocess(Image.open(picture))[None], normalize=True)
+    text = model.encode_text(tokens, normalize=True)
+np.savez(out, image=image, text=text, scale=model.logit_scale.detach())
+"""
+
+
+@pytest.fixture(scope="module", params=["vit", "resnet"])
+def run(request, tmp_path_factory, dataset, architectures):
+    targets = ["q", "v", "fc", "proj"] + (["conv", "pool"] if request.param == "resnet" else ["k", "out"])
+    adapter = AdapterConfig(kind="lora", rank=2, targets=targets)
+    return fit_tiny(tmp_path_factory.mktemp("run"), dataset, architectures[f"tiny-{request.param}"], adapter).out
+
+
+def embeddings_in_training(run) -> tuple[torch.Tensor, torch.Tensor, Image.Image]:
+    """Of the checkpoint as it was trained: adapters beside the weights."""
+    module = load_module(checkpoint_of(run))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (61, 47, 3), dtype=np.uint8))
+    with torch.no_grad():
+        return (
+            module.encode_image(module.clip.preprocess(picture)[None]),
+            module.encode_text(module.clip.tokenizer(CAPTIONS)),
+            picture,
+        )
+
+
+def test_open_clip_alone_in_a_fresh_process_gives_the_embeddings_of_training(run, tmp_path):
+    image, text, picture = embeddings_in_training(run)
+    picture.save(tmp_path / "picture.png")
+    export(run, tmp_path / "exported")
+    arguments = [tmp_path / "exported", tmp_path / "picture.png", json.dumps(CAPTIONS), tmp_path / "out.npz"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", ALONE, *map(str, arguments)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    got = np.load(tmp_path / "out.npz")
+    assert np.abs(got["image"] - image.numpy()).max() < 1e-5
+    assert np.abs(got["text"] - text.numpy()).max() < 1e-5
+    assert got["scale"] == pytest.approx(load_module(checkpoint_of(run)).model.logit_scale.item())
+
+
+def test_training_changed_the_embeddings_so_that_equality_means_something(run):
+    trained = load_trained_clip(checkpoint_of(run), "cpu")
+    torch.manual_seed(0)
+    start = load_module(checkpoint_of(run)).clip_config
+    fresh = load_clip(start.name, start.pretrained, device="cpu")
+    assert float((trained.embed_captions(CAPTIONS) - fresh.embed_captions(CAPTIONS)).abs().max()) > 1e-2
+
+
+def test_our_own_loader_reads_it_with_tokenizer_and_preprocessing(run, tmp_path):
+    image, text, picture = embeddings_in_training(run)
+    export(run, tmp_path)
+    clip = load_clip(f"local-dir:{tmp_path}", device="cpu")
+    assert torch.allclose(clip.embed_images([picture]), image, atol=1e-5)
+    assert torch.allclose(clip.embed_captions(CAPTIONS), text, atol=1e-5)
+
+
+def test_exporting_twice_gives_the_same_bytes(run, tmp_path):
+    export(run, tmp_path / "a")
+    export(run, tmp_path / "b")
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == ["open_clip_config.json", "open_clip_model.safetensors"]
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+
+
+def test_the_adapter_alone_is_in_pefts_format(run, tmp_path):
+    export(run, tmp_path, "adapter")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    weights = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    assert weights
+    assert all(".lora_A." in name or ".lora_B." in name for name in weights)
+
+
+def test_a_run_trained_in_full_has_no_adapter_but_exports(tmp_path, dataset, architectures):
+    run = fit_tiny(tmp_path, dataset, architectures["tiny-vit"], AdapterConfig(kind="full"), steps=1).out
+    with pytest.raises(ModelError, match="no adapter"):
+        export(run, tmp_path / "adapter", "adapter")
+    assert export(run, tmp_path / "exported") == run / "checkpoints" / "last.ckpt"  # it ended before any validation
+
+
+def test_quickgelu_and_preprocessing_are_written_back(tmp_path, architectures):
+    clip = load_clip(architectures["tiny-vit"], device="cpu")
+    architecture = {**clip.architecture, "quick_gelu": True}
+    preprocess_cfg = {
+        **clip.preprocess_cfg,
+        "mean": (0.1, 0.2, 0.3),
+        "interpolation": "bilinear",
+        "resize_mode": "squash",
+    }
+    model = open_clip.CLIP(**architecture).eval()
+    open_clip.set_model_preprocess_cfg(model, preprocess_cfg)
+    preprocess = image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False)
+    special = Clip(model, preprocess, clip.tokenizer, "special", architecture, preprocess_cfg)
+    write_open_clip(special, tmp_path)
+    check_export(special, tmp_path)
+    written = load_clip(f"local-dir:{tmp_path}", device="cpu")
+    assert "QuickGELU" in repr(written.model)
+    assert tuple(written.preprocess_cfg["mean"]) == (0.1, 0.2, 0.3)
+    assert (written.preprocess_cfg["interpolation"], written.preprocess_cfg["resize_mode"]) == ("bilinear", "squash")
+
+
+def test_a_hugging_face_tokenizer_goes_with_the_model(tmp_path, architectures):
+    vocabulary = {"[UNK]": 0, "[PAD]": 1, "a": 2, "red": 3, "circle": 4}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]")
+    fast.save_pretrained(tmp_path / "tokenizer")
+    clip = load_clip(architectures["tiny-vit"], device="cpu")
+    clip.architecture["text_cfg"]["hf_tokenizer_name"] = str(tmp_path / "tokenizer")
+    clip.tokenizer = HFTokenizer(str(tmp_path / "tokenizer"), context_length=16)
+    write_open_clip(clip, tmp_path / "exported")
+    shutil.rmtree(tmp_path / "tokenizer")
+    check_export(clip, tmp_path / "exported")
+    written = load_clip(f"local-dir:{tmp_path / 'exported'}", device="cpu")
+    assert written.tokenizer(["a red circle"]).tolist() == clip.tokenizer(["a red circle"]).tolist()
+    assert written.tokenizer(["a red circle"])[0, :3].tolist() == [2, 3, 4]
+
+
+def test_an_export_that_differs_is_refused(tmp_path, architectures):
+    clip = load_clip(architectures["tiny-vit"], device="cpu")
+    write_open_clip(clip, tmp_path)
+    with torch.no_grad():
+        clip.model.visual.proj.add_(0.1 * torch.randn_like(clip.model.visual.proj))
+    with pytest.raises(ModelError, match=r"image embeddings are .* off the checkpoint's"):
+        check_export(clip, tmp_path)
+
+
+def test_the_checkpoint_can_be_chosen(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    with pytest.raises(InputError, match=r"no last\.ckpt"):
+        checkpoint_of(tmp_path)
+    (folder / "last.ckpt").touch()
+    assert checkpoint_of(tmp_path).name == "last.ckpt"  # nothing was monitored: the last is the best
+    (folder / "best.ckpt").touch()
+    assert checkpoint_of(tmp_path).name == "best.ckpt"
+    assert checkpoint_of(tmp_path, "last").name == "last.ckpt"
+    assert checkpoint_of(tmp_path, str(folder / "last.ckpt")).name == "last.ckpt"
+    with pytest.raises(InputError, match="expected best, last or the path"):
+        checkpoint_of(tmp_path, "bset")
+
+
+def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path):
+    (tmp_path / "x.ckpt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ModelError, match=r"x\.ckpt: not a checkpoint of `finetune fit`") as error:
+        load_trained_clip(tmp_path / "x.ckpt")
+    assert "\n" not in str(error.value)
