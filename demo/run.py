@@ -64,32 +64,23 @@ def _road(web: Web) -> None:
     _step(
         "3 A crawl, most of it junk: select the domain", [*domain, "--urls", str(RUN / "lists/domain.parquet"), allow]
     )
-    _step(
-        "4 Adapt the CLIP with LoRA, replaying `retain`; and, to see what that is worth, without",
-        adapt,
-        [*adapt, *forgetful],
-    )
+    _step("4 Adapt the CLIP with LoRA, replaying `retain`", adapt)
+    _step("5 The same without `retain`, to see what that is worth", [*adapt, *forgetful])
 
 
-def _step(title: str, *commands: list[str]) -> None:
-    """Run commands side by side; the output of the first is shown, that of the others only if they fail.
+def _step(title: str, command: list[str]) -> None:
+    """Run a command as its user would.
 
     Raises:
-        SystemExit: a command failed, with its status.
+        SystemExit: it failed, with its status.
     """
     if title:
         console.rule(title, align="left")
+    console.print("$ " + " ".join(command), style="bold", highlight=False, soft_wrap=True)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    running = []
-    for number, command in enumerate(commands):
-        console.print("$ " + " ".join(command), style="bold", highlight=False, soft_wrap=True)
-        quiet = subprocess.PIPE if number else None
-        running.append(subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet, text=True))
-    for command, process in zip(commands, running, strict=True):
-        output = process.communicate()
-        if process.returncode:
-            console.print(f"{command[0]} failed with status {process.returncode}", *(text for text in output if text))
-            sys.exit(process.returncode)
+    status = subprocess.run(command, env=environment, check=False).returncode
+    if status:
+        sys.exit(f"demo: {command[0]} failed with status {status}")
 
 
 # --- what the steps read ---------------------------------------------------------------------------------------------
