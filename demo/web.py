@@ -48,10 +48,10 @@ def serving(bodies: dict[str, bytes], ports: list[int]) -> Iterator[Web]:
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(bodies, ports, there), daemon=True)
     process.start()
-    if not here.poll(START_S):
-        raise RuntimeError(f"the demo's web server did not start within {START_S} s")
-    port, forbidden_port, closed_port = here.recv()
     try:
+        if not here.poll(START_S):
+            raise RuntimeError(f"the demo's web server did not start within {START_S} s")
+        port, forbidden_port, closed_port = here.recv()
         yield Web(port, forbidden_port, closed_port, here)
     finally:
         process.terminate()
