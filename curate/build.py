@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from curate.config import BuildConfig
+from curate.config import BuildConfig, SelectConfig
 from curate.errors import Busy, ConfigError, InputError, UnwantedResult
 from curate.filters import parse_steps
 
@@ -26,9 +26,9 @@ def build(config: BuildConfig, stages: Sequence[str] = ()) -> None:
 
     Raises:
         CliptailorError: as the stages do; Busy, if another run holds the folder; UnwantedResult, if the images did not
-            arrive or nothing was kept.
+            arrive or nothing was kept to train on.
     """
-    parse_steps(config.filters)  # a mistake in them is told before any work
+    _check_filters(config)
     chosen = [name for name in STAGES if name in stages] or list(STAGES)
     if "plan" in chosen and not config.urls:
         raise ConfigError(
@@ -37,8 +37,17 @@ def build(config: BuildConfig, stages: Sequence[str] = ()) -> None:
     with holding(config.out):
         for name in chosen:
             STAGES[name](config)
-    if "report" in chosen:
-        check_books(config.out)
+    if not {"select", "pack", "report"}.isdisjoint(chosen):
+        check_books(config.out, config.select)
+
+
+def _check_filters(config: BuildConfig) -> None:
+    """Tell mistakes in the filters before any work, and that one needs a CLIP before an hour of download."""
+    steps = parse_steps(config.filters)
+    if steps and config.measure.clip is None:
+        from curate.expressions import check_measured
+
+        check_measured(steps)
 
 
 def _plan(config: BuildConfig) -> None:
@@ -60,10 +69,15 @@ def _fetch(config: BuildConfig) -> None:
     failed = {reason: count for reason, count in result.counts.items() if reason != "success"}
     _say("fetch", bool(result.made), f"{arrived:,} of {total:,} images arrived")
     if total and (not arrived or arrived / total < config.fetch.min_yield):
-        _forget_empty_shards(config.out)
+        forgotten = _forget_empty_shards(config.out)
+        way_out = (
+            f"the same command asks again for the {forgotten:,} shards in which nothing did"
+            if forgotten
+            else f"lower fetch.min_yield ({config.fetch.min_yield}), or delete files of raw/ to ask for them again"
+        )
         raise UnwantedResult(
-            f"fetch: only {arrived:,} of {total:,} images arrived ({_counts(failed)}); "
-            "see the column reason in raw/*.parquet; the same command tries again"
+            f"fetch: only {arrived:,} of {total:,} images arrived ({_counts(failed)}; by shard in "
+            f"{config.out / 'raw'}/*_stats.json); {way_out}"
         )
 
 
@@ -72,7 +86,11 @@ def _measure(config: BuildConfig) -> None:
 
     _needs(config.out / "raw", "fetch")
     result = measure.run(config.out, config.measure)
-    what = f"{result.images:,} images" if config.measure.clip else "no CLIP asked for (measure.clip)"
+    what = (
+        f"{result.images:,} images in {result.made:,} shards, {result.reused:,} shards were there"
+        if config.measure.clip
+        else "no CLIP asked for (measure.clip)"
+    )
     _say("measure", bool(result.made), what)
 
 
@@ -83,7 +101,7 @@ def _select(config: BuildConfig) -> None:
     result = select.run(
         config.out, parse_steps(config.filters), config.select, config.pack, config.measure.clip, config.seed
     )
-    _say("select", result.made, _counts(result.kept) or "nothing kept")
+    _say("select", result.made, _counts(result.kept))
 
 
 def _pack(config: BuildConfig) -> None:
@@ -118,24 +136,32 @@ def effective(config: BuildConfig) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
 
 
-def check_books(out: Path) -> None:
-    """Rows in = kept + dropped, each row once; and something was kept.
+def check_books(out: Path, engine: SelectConfig) -> None:
+    """Rows in = kept + dropped, each row once; and something was kept for the domain, not for `retain` alone.
 
     Raises:
-        UnwantedResult: nothing was kept.
+        UnwantedResult: nothing was kept to train on.
         AssertionError: the books do not balance, which is a bug.
     """
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    ledger = pq.read_table(out / "ledger.parquet", columns=["key", "kept", "stage", "step"])
+    from curate.database import SPILL, connect, files
+
     planned = sum(pq.read_metadata(path).num_rows for path in (out / "plan").glob("*.parquet"))
-    kept = pc.sum(ledger["kept"]).as_py() or 0
-    dropped = pc.sum(pc.is_valid(ledger["stage"])).as_py() or 0
-    assert planned == ledger.num_rows == kept + dropped, f"{planned} rows in, {kept} kept, {dropped} dropped"
-    assert pc.count_distinct(ledger["key"]).as_py() == planned, "a row is in the ledger twice"
+    ledger = out / "ledger.parquet"
+    with connect(engine.memory_limit, engine.threads, out / SPILL, [ledger]) as db:
+        ((rows, keys, kept, retained, dropped),) = db.execute(f"""
+            SELECT count(*), count(DISTINCT key), count_if(kept), count_if(split = 'retain'), count(stage)
+            FROM read_parquet({files([ledger])})""").fetchall()
+    assert planned == rows == kept + dropped, f"{planned} rows in, {kept} kept, {dropped} dropped"
+    assert keys == planned, "a row is in the ledger twice"
     if not kept:
-        raise UnwantedResult(f"{out}: all {planned:,} rows were dropped; {out / 'report.html'} shows by what")
+        raise UnwantedResult(f"{out}: all {planned:,} rows were dropped; report.html and ledger.parquet show by what")
+    if kept == retained:
+        raise UnwantedResult(
+            f"{out}: nothing was kept to train on: all {kept:,} pairs kept are in retain, off the topic; "
+            "loosen the relevance step (keep, threshold)"
+        )
 
 
 @contextmanager
@@ -158,6 +184,8 @@ def holding(folder: Path) -> Iterator[None]:
     except Timeout:
         pid = owner.read_text() if owner.exists() else "unknown"
         raise Busy(f"{folder}: process {pid} is building here; wait for it or stop it") from None
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: cannot be written to ({error.strerror})") from error
     try:
         owner.write_text(str(os.getpid()))
         yield
@@ -166,13 +194,22 @@ def holding(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _forget_empty_shards(out: Path) -> None:
-    """After an outage: raw shards in which nothing arrived are removed, so that the next run asks for them again."""
+def _forget_empty_shards(out: Path) -> int:
+    """After an outage: raw shards in which nothing arrived are removed, so that the next run asks for them again.
+
+    Returns:
+        How many.
+    """
     import pyarrow.parquet as pq
 
-    for path in (out / "raw").glob("*.parquet"):
-        if "success" not in pq.read_table(path, columns=["status"])["status"].to_pylist():
-            path.unlink()
+    empty = [
+        path
+        for path in (out / "raw").glob("*.parquet")
+        if "success" not in pq.read_table(path, columns=["status"])["status"].to_pylist()
+    ]
+    for path in empty:
+        path.unlink()
+    return len(empty)
 
 
 def _needs(path: Path, stage: str) -> None:

@@ -1,10 +1,17 @@
-"""`curate`: command line → configuration → stages; errors → one line and an exit status. Imports nothing heavy."""
+"""`curate`: command line → configuration → stages; errors and signals → one line and an exit status.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
@@ -25,6 +32,8 @@ COMMANDS = {
     "pack": "Write the kept samples into train, val, test and retain shards.",
     "report": "Write report.html, the data card and the manifest.",
 }
+INTERRUPTED = "curate: interrupted; what is done is kept, the same command continues\n"
+GRACE_S = 5.0
 DEFAULT_RECIPE = "default.yaml"
 
 
@@ -32,14 +41,60 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command `curate`."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("cliptailor").setLevel(logging.INFO)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    with _noting_signals() as received:
+        try:
+            _run(words)
+        except BaseException as error:
+            # Not every exception of a handler comes out as it was: DuckDB makes a RuntimeError of it.
+            if received or isinstance(error, KeyboardInterrupt):
+                sys.stderr.write(INTERRUPTED)
+                sys.exit(128 + (received or [signal.SIGINT])[0])
+            if not isinstance(error, CliptailorError):
+                raise
+            print(f"curate: {error}", file=sys.stderr)
+            sys.exit(error.exit_status)
+
+
+@contextmanager
+def _noting_signals() -> Iterator[list[int]]:
+    """Let SIGTERM unwind the stack as Ctrl-C does: workers end, the lock is given back.
+
+    Code in C (a query, a decoder) may keep Python's handlers waiting for long. What has not unwound after GRACE_S is
+    ended as it is: files are written atomically, and workers end with their parent.
+
+    Gives the list in which the signals are noted.
+    """
+    received: list[int] = []
+
+    def stop(number: int, _frame: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    unwound = threading.Event()
+    arrived, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    threading.Thread(target=_end_late, args=(arrived, frozenset(heeded), unwound), daemon=True).start()
+    before = {number: signal.signal(number, stop) for number in heeded}
+    wakeup_before = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
     try:
-        _run(list(sys.argv[1:] if arguments is None else arguments))
-    except CliptailorError as error:
-        print(f"curate: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("curate: interrupted; what is done is kept, the same command continues", file=sys.stderr)
-        sys.exit(130)
+        yield received
+    finally:
+        unwound.set()
+        signal.set_wakeup_fd(wakeup_before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(wakeup)
+
+
+def _end_late(arrived: int, heeded: frozenset[int], unwound: threading.Event) -> None:
+    """In a thread: end the process when a signal came and GRACE_S later the stack is still not unwound."""
+    with os.fdopen(arrived, "rb", buffering=0) as numbers:
+        while number := numbers.read(1):
+            if number[0] in heeded and not unwound.wait(GRACE_S):
+                os.write(2, INTERRUPTED.encode())
+                os._exit(128 + number[0])
 
 
 def _run(arguments: list[str]) -> None:
@@ -50,6 +105,9 @@ def _run(arguments: list[str]) -> None:
         if name in arguments[:1]:  # the options of the other commands are not asked for: --help stays quick
             add_config(command, BuildConfig)
         commands.add_subcommand(name, command, help=description.partition("\n")[0])
+    if not arguments:
+        parser.print_help(sys.stderr)
+        sys.exit(2)
     read = parse(parser, _with_recipe(arguments), dict.fromkeys(COMMANDS, BuildConfig))
     config = as_config(read[read["command"]], BuildConfig)
 

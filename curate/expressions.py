@@ -18,7 +18,7 @@ import duckdb
 
 from curate.database import first_line, literal, quoted, scalar
 from curate.errors import ConfigError, did_you_mean
-from curate.filters import Dedup, Step, Top, Where
+from curate.filters import Decontaminate, Dedup, Relevance, Step, Top, Where
 
 PLAN_COLUMNS = {
     "key": "VARCHAR",
@@ -131,6 +131,43 @@ def check_steps(db: duckdb.DuckDBPyConnection, steps: Sequence[Step], types: dic
                 db.execute(f"EXPLAIN SELECT 1 FROM (SELECT {row}) {clause}").fetchall()
 
 
+def check_measured(steps: Sequence[Step]) -> None:
+    """Check that no step needs what a CLIP measures; for a configuration without one. Needs no list and no data.
+
+    Raises:
+        ConfigError: names the first step that compares embeddings or names a column such as clip_score.
+    """
+    with duckdb.connect(":memory:") as db:
+        for step in steps:
+            named = {name.lower() for text in _texts(step) for node in _parsed(db, step, text) for name in _names(node)}
+            if what := "embeddings" if embeds(step) else ", ".join(sorted(named & SIGNAL_COLUMNS.keys())):
+                raise ConfigError(
+                    f"{label(step)}: needs {what}, and no CLIP is to measure that: set measure.clip.name and "
+                    "measure.clip.pretrained, or leave the step out"
+                )
+
+
+def embeds(step: Step) -> bool:
+    """Whether a step compares embeddings."""
+    return isinstance(step, Relevance) or (isinstance(step, Decontaminate) and step.similarity is not None)
+
+
+def _texts(step: Step) -> list[str]:
+    """What of a step is SQL."""
+    match step:
+        case Where():
+            return [step.expression]
+        case Top():
+            return [step.by]
+        case Dedup():
+            return [quoted(step.by), step.keep]
+    return []
+
+
+def _parsed(db: duckdb.DuckDBPyConnection, step: Step, text: str) -> Iterator[dict[str, Any]]:
+    return _walk(_parse(db, label(step), text, f"SELECT 1 ORDER BY {text}\n"))
+
+
 def label(step: Step) -> str:
     """What a step is called in an error."""
     return f"filters '{step.name}'"
@@ -204,14 +241,8 @@ def _checked(
     used = dict.fromkeys(name for node in nodes for name in _names(node) if name not in lambdas)
     for name in used:
         if name.lower() not in spelled:
-            raise ConfigError(f"{where}: {_no_column(name, columns)}")
+            raise ConfigError(f"{where}: no column '{name}'.{did_you_mean(name, columns)}")
     return Expression(text, tuple(dict.fromkeys(spelled[name.lower()] for name in used)))
-
-
-def _no_column(name: str, columns: Collection[str]) -> str:
-    if name.lower() in SIGNAL_COLUMNS:
-        return f"column '{name}' is there only when a CLIP measures it: set measure.clip.name"
-    return f"no column '{name}'.{did_you_mean(name, columns)}"
 
 
 def _check_functions(db: duckdb.DuckDBPyConnection, where: str, used: set[str]) -> None:

@@ -57,9 +57,10 @@ def ledger_schema() -> pa.Schema:
 
     - key, row: the row's id, and its place in the list (0-based).
     - kept: whether it is in the packed shards; split: train, val, test or retain if so, else null.
-    - stage: plan, fetch or select for a dropped row, else null; step: the filter's name (select), else the stage's;
-      reason: a `Reason`; value: what
-      decided it, as text; twin: the key of the kept duplicate, or the name of the test image hit.
+    - stage: plan, fetch or select for a dropped row, else null; reason: a `Reason`, else null; step: the filter's name
+      (select, or a `where` that plan applied), else the stage's; value: what decided it, as text; twin: the key of the
+      kept duplicate, or the name of the test image hit. A row kept in retain has the step and value of the relevance
+      filter that moved it there; any other kept row has none of these.
     - duplicate_group: key of the group's kept member; rows of one group never lie in different splits.
     """
     import pyarrow as pa

@@ -50,7 +50,7 @@ RESERVED = frozenset(
         *("image_embedding", "text_embedding"),
         *("kept", "split", "stage", "step", "twin", "duplicate_group"),
         *("base_", "problem_", "nth_", "file_"),  # of this module's own tables
-        *("tar_", "split_", "place_", "filename"),  # of pack's
+        *("kept_", "tar_", "split_", "place_", "filename"),  # of select's, pack's and report's
     )
 )
 

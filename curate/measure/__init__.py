@@ -47,14 +47,13 @@ def run(out: Path, config: MeasureConfig) -> MeasureResult:
 def _measure(due: list[Path], folder: Path, config: ClipConfig, wanted: dict[Path, str], reused: int) -> MeasureResult:
     # torch and open_clip take seconds to import: only when there is something to measure.
     from curate.clip import load_clip
-    from curate.measure.clip import embed_shard, fetched_rows
+    from curate.measure.clip import count_images, embed_shard, fetched_rows
 
     clip = load_clip(config.name, config.pretrained, device=config.device)
-    rows = {stem: fetched_rows(stem) for stem in due}
-    images = sum(table.num_rows for table in rows.values())
+    images = sum(count_images(stem) for stem in due)
     with progress("measure", images) as advance:
         for stem in due:
-            signals = embed_shard(clip, stem.with_suffix(".tar"), rows[stem], config.batch_size, advance)
+            signals = embed_shard(clip, stem.with_suffix(".tar"), fetched_rows(stem), config.batch_size, advance)
             write_parquet(signals, folder / f"{stem.name}.parquet", made_from=wanted[stem])
     return MeasureResult(made=len(due), reused=reused, images=images)
 

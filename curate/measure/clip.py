@@ -1,13 +1,17 @@
-"""CLIP embeddings of one raw shard: decoding runs in threads ahead of the encoder, equal captions are encoded once."""
+"""CLIP embeddings of one raw shard: decoding runs in threads ahead of the encoder, equal captions are encoded once.
+
+An image that Pillow cannot decode, whatever another decoder made of it, has no embedding and no score.
+"""
 
 from __future__ import annotations
 
 import io
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from PIL import Image
 from curate.clip import Clip
 from curate.shards import MemberReader
 
+logger = logging.getLogger("cliptailor")
 BATCHES_AHEAD = 2  # decoded and waiting: enough to keep the encoder busy, and a ceiling for memory
 
 
@@ -28,6 +33,12 @@ def fetched_rows(stem: Path) -> pa.Table:
     """key, caption and place of the images that a raw shard holds, by key."""
     table = pq.read_table(stem.with_suffix(".parquet"), columns=["key", "caption", "image_offset", "image_size"])
     return table.filter(pc.is_valid(table["image_offset"])).sort_by("key")
+
+
+def count_images(stem: Path) -> int:
+    """How many images a raw shard holds."""
+    offsets = pq.read_table(stem.with_suffix(".parquet"), columns=["image_offset"])["image_offset"]
+    return len(offsets) - int(offsets.null_count)
 
 
 def embed_shard(clip: Clip, tar: Path, rows: pa.Table, batch_size: int, advance: Callable[..., None]) -> pa.Table:
@@ -41,21 +52,28 @@ def embed_shard(clip: Clip, tar: Path, rows: pa.Table, batch_size: int, advance:
         advance: called with the number of images done.
 
     Returns:
-        key, clip_score (cosine, float32), image_embedding and text_embedding (float16, D), one row a sample.
+        key, clip_score (cosine, float32), image_embedding and text_embedding (float16, D), one row a sample; the first
+        two are null where the image cannot be decoded.
     """
-    images: list[np.ndarray] = []
     with autocast(clip.device):
-        for pixels in _decoded(clip, tar, rows, batch_size):
-            images.append(_embed(clip.embed_images, pixels))
-            advance(len(pixels))
-        texts = embed_captions(clip, [caption or "" for caption in rows["caption"].to_pylist()], batch_size)
-    image_ND = np.concatenate(images) if images else np.zeros((0, 1), np.float32)
+        text_ND = embed_captions(clip, [caption or "" for caption in rows["caption"].to_pylist()], batch_size)
+        image_ND, decoded_N = np.zeros_like(text_ND), np.zeros(len(text_ND), bool)
+        done = 0
+        for batch in _decoded(clip, tar, rows, batch_size):
+            there = [done + place for place, pixels in enumerate(batch) if pixels is not None]
+            if there:
+                pixels_BCHW = torch.stack([pixels for pixels in batch if pixels is not None])
+                image_ND[there], decoded_N[there] = _embed(clip.embed_images, pixels_BCHW), True
+            done += len(batch)
+            advance(len(batch))
+    if lost := int((~decoded_N).sum()):
+        logger.warning("%s: %d images cannot be decoded, and have no clip_score", tar, lost)
     return pa.table(
         {
             "key": rows["key"],
-            "clip_score": pa.array((image_ND * texts).sum(1) if len(images) else [], pa.float32()),
-            "image_embedding": _vectors(image_ND),
-            "text_embedding": _vectors(texts if len(images) else image_ND),
+            "clip_score": pa.array((image_ND * text_ND).sum(1), pa.float32(), mask=~decoded_N),
+            "image_embedding": _vectors(image_ND, ~decoded_N),
+            "text_embedding": _vectors(text_ND),
         }
     )
 
@@ -69,37 +87,44 @@ def autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 def embed_captions(clip: Clip, captions: Sequence[str], batch_size: int) -> np.ndarray:
     """Embeddings (N, D) float32 of captions; equal ones are encoded once."""
+    if not captions:
+        return np.zeros((0, 1), np.float32)
     distinct = sorted(set(captions))
     place = {caption: number for number, caption in enumerate(distinct)}
     batches = [distinct[start : start + batch_size] for start in range(0, len(distinct), batch_size)]
     embeddings = [_embed(clip.embed_captions, batch) for batch in batches]
-    return np.concatenate(embeddings)[[place[caption] for caption in captions]] if captions else np.zeros((0, 1))
+    return np.concatenate(embeddings)[[place[caption] for caption in captions]]
 
 
 def _embed(encode: Callable[[Any], torch.Tensor], batch: Any) -> np.ndarray:
     return np.asarray(encode(batch).cpu().numpy(), dtype=np.float32)
 
 
-def _decoded(clip: Clip, tar: Path, rows: pa.Table, batch_size: int) -> Iterator[torch.Tensor]:
-    """Preprocessed pixels, (B, 3, H, W) at a time, in the order of the rows."""
-    reader = MemberReader([tar])
+def _decoded(clip: Clip, tar: Path, rows: pa.Table, batch_size: int) -> Iterator[list[torch.Tensor | None]]:
+    """Preprocessed pixels (3, H, W) in the order of the rows, a batch at a time; None for what cannot be decoded."""
     places = list(zip(rows["image_offset"].to_pylist(), rows["image_size"].to_pylist(), strict=True))
-
-    def pixels(place: tuple[int, int]) -> torch.Tensor:
-        with Image.open(io.BytesIO(reader.read(0, *place))) as image:
-            return clip.preprocess(image.convert("RGB"))
-
-    waiting: deque[list[Future[torch.Tensor]]] = deque()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    waiting: deque[list[Future[torch.Tensor | None]]] = deque()
+    with closing(MemberReader([tar])) as reader, ThreadPoolExecutor(os.cpu_count()) as pool:
+        reader.read(0, 0, 0)  # opens the tar, once, before the threads could each do so
         for start in range(0, len(places), batch_size):
-            waiting.append([pool.submit(pixels, place) for place in places[start : start + batch_size]])
+            batch = places[start : start + batch_size]
+            waiting.append([pool.submit(lambda place: _pixels(clip, reader.read(0, *place)), place) for place in batch])
             if len(waiting) > BATCHES_AHEAD:
-                yield torch.stack([future.result() for future in waiting.popleft()])
+                yield [future.result() for future in waiting.popleft()]
         while waiting:
-            yield torch.stack([future.result() for future in waiting.popleft()])
-    reader.close()
+            yield [future.result() for future in waiting.popleft()]
 
 
-def _vectors(values_ND: np.ndarray) -> pa.Array:
+def _pixels(clip: Clip, content: bytes) -> torch.Tensor | None:
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            rgb = image.convert("RGB")
+    except Exception:  # noqa: BLE001 - decoders fail in any way on hostile bytes; each costs its row only
+        return None
+    return clip.preprocess(rgb)
+
+
+def _vectors(values_ND: np.ndarray, missing_N: np.ndarray | None = None) -> pa.Array:
     flat = pa.array(values_ND.astype(np.float16).ravel(), pa.float16())
-    return pa.FixedSizeListArray.from_arrays(flat, values_ND.shape[1])
+    mask = None if missing_N is None else pa.array(missing_N)
+    return pa.FixedSizeListArray.from_arrays(flat, values_ND.shape[1], mask=mask)

@@ -20,7 +20,7 @@ from curate import charts
 from curate.config import ReportConfig
 from curate.errors import InputError
 from curate.html import MAX_BYTES, count, render, share
-from curate.report.card import card
+from curate.report.card import card, retained
 from curate.report.definitions import limits
 from curate.report.figures import count_all, open_tables
 from curate.report.manifest import manifest
@@ -161,7 +161,7 @@ def _host(url: str | None) -> str:
 
 
 def summary_table(out: Path) -> Table:
-    """The funnel as one table for the terminal: what each step dropped and left, and the splits.
+    """The funnel as one table for the terminal: what each step dropped, moved to retain and left, and the splits.
 
     Raises:
         InputError: `report.json` is not there or not ours.
@@ -177,6 +177,7 @@ def summary_table(out: Path) -> Table:
         ("dropped", "right"),
         ("left", "right"),
         ("share", "right"),
+        ("", "left"),
     ):
         table.add_column(name, justify=side)  # type: ignore[arg-type]
     table.add_row("list", "rows in", "", count(figures["rows"]), share(figures["rows"], figures["rows"]))
@@ -186,6 +187,7 @@ def summary_table(out: Path) -> Table:
             count(step["dropped"]),
             count(step["left"]),
             share(step["left"], figures["rows"]),
+            retained(step),
         )
         table.add_row(step["stage"], *cells)
     table.add_section()

@@ -124,12 +124,17 @@ def _splits(out: Path, figures: Mapping[str, Any]) -> str:
     return "## Splits\n\n" + _table(["split", "pairs", "size", "files"], rows) + f"\n\n{text.strip()}\n\n{layout}"
 
 
+def retained(step: Mapping[str, Any]) -> str:
+    """Of a step in the funnel, a note of how many rows it moved into the split retain; may be empty."""
+    return f"→ retain {count(step['retained'])}" if step["retained"] else ""
+
+
 def _funnel(figures: Mapping[str, Any]) -> str:
     rows = [
         [
             f"{step['stage']} · {markdown(step['step'])}",
             markdown(clip(step["what"])),
-            count(step["dropped"]),
+            f"{count(step['dropped'])} {retained(step)}".strip(),
             count(step["left"]),
         ]
         for step in figures["funnel"]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from curate.charts import nice_step
-from curate.database import SPILL, connect, files
+from curate.database import SPILL, column_types, connect, create_in_parts, files, parts
 from curate.errors import InputError
 from curate.report.definitions import STAGES, define
 from curate.shards import SPLITS
@@ -28,6 +28,15 @@ TOP_HOSTS = 15
 TOP_CAPTIONS = 12
 LONGEST_CAPTION = 300
 
+# What is read of each stage's files.
+COLUMNS = {
+    "planned": ("key", "caption_words"),
+    "raw": (
+        *("key", "url_host", "status", "reason", "original_width", "original_height", "aspect"),
+        *("image_offset", "image_size", "filename"),
+    ),
+    "signals": ("key", "clip_score"),
+}
 FETCHED = "raw JOIN ledger USING (key) WHERE raw.status = 'success' AND (ledger.kept OR ledger.stage = 'select')"
 # A caption is judged before or after the download: whoever failed to download says nothing about it.
 JUDGED = "planned JOIN ledger USING (key) WHERE ledger.kept OR ledger.stage = 'select' OR ledger.reason = 'where'"
@@ -71,30 +80,29 @@ DISTRIBUTIONS = (
 
 
 def open_tables(out: Path) -> duckdb.DuckDBPyConnection:
-    """A database with a view for each kind of file: `ledger`, and where they are there `planned`, `raw`, `signals`.
+    """A database with what is counted: view `ledger`, and tables `planned`, `raw` and `signals` of what is there.
+
+    The tables hold the columns in COLUMNS, as far as the files have them; they spill to disk where they must.
 
     Raises:
         InputError: no ledger: nothing was selected yet.
     """
-    if not (out / "ledger.parquet").exists():
-        raise InputError(f"{out / 'ledger.parquet'}: not there; run 'curate build' or 'curate select' on {out} first")
+    ledger = out / "ledger.parquet"
+    if not ledger.exists():
+        raise InputError(f"{ledger}: not there; run 'curate build' or 'curate select' on {out} first")
     paths = {
-        "ledger": [out / "ledger.parquet"],
         "planned": [*numbered(out / "plan"), *(out / "plan").glob("dropped.parquet")],
         "raw": numbered(out / "raw"),
         "signals": numbered(out / "signals"),
     }
-    database = connect(
-        "2GB",
-        0,
-        out / SPILL,
-        [path.parent if name != "ledger" else path for name, some in paths.items() for path in some[:1]],
-    )
+    database = connect("2GB", 0, out / SPILL, [ledger, *(some[0].parent for some in paths.values() if some)])
+    database.execute(f"CREATE VIEW ledger AS FROM read_parquet({files([ledger])})")
     for name, some in paths.items():
         if some:
-            database.execute(
-                f"CREATE VIEW {name} AS FROM read_parquet({files(some)}, union_by_name = true, filename = '_file')"
-            )
+            there = column_types(database, f"read_parquet({files(some[:1])}, filename = true)")
+            wanted = ", ".join(column for column in COLUMNS[name] if column in there)
+            queries = (f"SELECT {wanted} FROM read_parquet({files(part)}, filename = true)" for part in parts(some))
+            create_in_parts(database, name, queries)
     return database
 
 
@@ -129,7 +137,7 @@ def count_all(database: duckdb.DuckDBPyConnection, filters: Sequence[dict[str, A
         if columns(database, "raw")
         else 0,
         "splits": _splits(database),
-        "funnel": _funnel(rows, reasons, filters),
+        "funnel": _funnel(rows, reasons, _retained(database), filters),
         "reasons": reasons,
         "distributions": {
             wanted.name: figures for wanted in DISTRIBUTIONS if (figures := _histogram(database, wanted))
@@ -161,18 +169,27 @@ def _reasons(database: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
     ]
 
 
-def _funnel(rows: int, reasons: Sequence[dict[str, Any]], filters: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The stages and steps in the order in which a row meets them, with what each dropped and what it left."""
+def _retained(database: duckdb.DuckDBPyConnection) -> dict[str, int]:
+    """By step: the rows that it moved into the split retain."""
+    return dict(database.execute("SELECT step, count(*) FROM ledger WHERE split = 'retain' GROUP BY step").fetchall())
+
+
+def _funnel(
+    rows: int, reasons: Sequence[dict[str, Any]], retained: dict[str, int], filters: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The stages and steps in the order in which a row meets them: what each dropped, moved to retain, and left.
+
+    What lies in retain is kept, so it counts as left.
+    """
     dropped: dict[tuple[str, str], int] = {}
     for entry in reasons:
         place = (entry["stage"], entry["step"])
         dropped[place] = dropped.get(place, 0) + entry["dropped"]
     left, funnel = rows, []
     for stage, step, what in _places(dropped, filters):
-        left -= dropped.get((stage, step), 0)
-        funnel.append(
-            {"stage": stage, "step": step, "what": what, "dropped": dropped.get((stage, step), 0), "left": left}
-        )
+        gone, moved = dropped.get((stage, step), 0), retained.get(step, 0) if stage == "select" else 0
+        left -= gone
+        funnel.append({"stage": stage, "step": step, "what": what, "dropped": gone, "retained": moved, "left": left})
     return funnel
 
 

@@ -150,7 +150,10 @@ def _twins(
     database: duckdb.DuckDBPyConnection, keys: Iterable[str]
 ) -> dict[str, tuple[str | None, str | None, str | None]]:
     """By key: caption, url, and the step that dropped it, of the keys that are in the ledger."""
-    query = "SELECT key, left(caption, 300), left(url, 2001), step FROM ledger WHERE key IN (SELECT unnest(?))"
+    query = """
+        SELECT key, left(caption, 300), left(url, 2001), CASE WHEN NOT kept THEN step END
+        FROM ledger WHERE key IN (SELECT unnest(?))
+    """
     return {key: (caption, url, fate) for key, caption, url, fate in database.execute(query, [sorted(keys)]).fetchall()}
 
 
@@ -159,8 +162,8 @@ def read_pictures(database: duckdb.DuckDBPyConnection, keys: Iterable[str]) -> d
     if not {"image_offset", "image_size"} <= set(columns(database, "raw")):
         return {}
     query = """
-        SELECT key, _file, image_offset, image_size FROM raw
-        WHERE image_offset IS NOT NULL AND key IN (SELECT unnest(?)) ORDER BY _file, image_offset
+        SELECT key, filename, image_offset, image_size FROM raw
+        WHERE image_offset IS NOT NULL AND key IN (SELECT unnest(?)) ORDER BY filename, image_offset
     """
     rows = database.execute(query, [sorted(keys)]).fetchall()
     tars = sorted({Path(file).with_suffix(".tar") for _, file, _, _ in rows})

@@ -25,11 +25,13 @@ from curate.database import (
     quoted,
     scalar,
 )
-from curate.errors import ConfigError, InputError
+from curate.errors import InputError
 from curate.expressions import (
     FETCH_COLUMNS,
     SIGNAL_COLUMNS,
+    check_measured,
     drop_where,
+    embeds,
     label,
     step_expressions,
     watch_drops,
@@ -45,7 +47,7 @@ from curate.select.retain import find_retainable
 from curate.select.selection import Selection
 from curate.shards import SPLITS, digest, fingerprint, made_from, sweep, write_batches
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,8 @@ def run(
         ConfigError: a step names a column, file or measure that is not there, or an expression is wrong.
         InputError: a stage before this one has not run to its end.
     """
+    if clip is None:
+        check_measured(steps)
     sweep(out)
     ledger = out / "ledger.parquet"
     plan, raw, signals = _stage_files(out, clip)
@@ -134,7 +138,7 @@ def _identity(steps: Sequence[Step], clip: ClipConfig | None) -> list[object]:
     for step in steps:
         named = step.against if isinstance(step, Decontaminate) else [getattr(step, "images", None)]
         parts += [identity(find(label(step), text)) for text in named if text]
-    if clip is not None and any(isinstance(step, Relevance | Decontaminate) for step in steps):
+    if clip is not None and any(embeds(step) for step in steps):
         from curate.clip import weights_fingerprint
 
         parts.append(weights_fingerprint(clip.name, clip.pretrained))
@@ -151,8 +155,6 @@ def _load(selection: Selection, out: Path, plan: list[Path], raw: list[Path], st
     needed = {"key", "row", "url", "caption", "status", "sha256", "phash", "reason", "value"}
     for step in steps:
         needed |= {name for found in step_expressions(db, step, types) for name in found.columns}
-    if any(isinstance(step, Relevance) or getattr(step, "similarity", None) for step in steps) and not selection.clip:
-        raise ConfigError("filters: relevance and similarity compare embeddings: set measure.clip.name")
     columns = ", ".join(quoted(name) for name in types if name in needed)
     create_in_parts(db, "rows", (f"SELECT {columns} FROM {source}" for source in sources))
     lacking = sum(
@@ -197,10 +199,12 @@ def _write(selection: Selection, ledger: Path, made: str) -> None:
     db = selection.db
     db.execute("""
         CREATE TABLE ledger AS
-        SELECT key, row, url, caption, split IS NOT NULL AS kept, split, stage, step, out.reason, out.value, twin,
-            duplicate_group
-        FROM rows LEFT JOIN placed USING (row) JOIN grouped USING (row)
-            LEFT JOIN (SELECT * FROM drops ANTI JOIN placed USING (row)) out USING (row)
+        -- Of a row in retain, the step and value of the relevance filter that moved it there stay.
+        SELECT key, row, url, caption, split IS NOT NULL AS kept, split,
+            CASE WHEN split IS NULL THEN stage END AS stage, step,
+            CASE WHEN split IS NULL THEN out.reason END AS reason, out.value,
+            CASE WHEN split IS NULL THEN twin END AS twin, duplicate_group
+        FROM rows LEFT JOIN placed USING (row) JOIN grouped USING (row) LEFT JOIN drops out USING (row)
         UNION ALL
         SELECT key, row, url, caption, false, NULL, 'plan', step, reason, value, twin, duplicate_group
         FROM planned_drops JOIN grouped USING (row)""")
@@ -215,7 +219,7 @@ def _check(db: duckdb.DuckDBPyConnection) -> None:
     num_rows = scalar(db, "SELECT (SELECT count(*) FROM rows) + (SELECT count(*) FROM planned_drops)")
     lines, rows, keys, sound = db.execute("""
         SELECT count(*), count(DISTINCT row), count(DISTINCT key),
-            count_if(kept = (reason IS NULL) AND kept = (split IS NOT NULL))
+            count_if(kept = (reason IS NULL) AND kept = (stage IS NULL) AND kept = (split IS NOT NULL))
         FROM ledger""").fetchall()[0]
     assert lines == rows == keys == sound == num_rows, f"ledger: {lines=} {rows=} {keys=} {sound=} {num_rows=}"
 

@@ -150,6 +150,6 @@ def _drop_similar(selection: Selection, step: Decontaminate, test: TestImages) -
         found = pa.table({"key": keys, "cosine": cosine_N, "name": [test.names[place] for place in best_N]})
         selection.insert(
             found.filter(pa.array(cosine_N >= step.similarity)),
-            f"""SELECT row, 'select', {literal(step.name)}, 'decontaminate', printf('cosine=%.4f', cosine), found.name
-            FROM alive JOIN found USING (key)""",
+            f"""SELECT row, 'select', {literal(step.name)}, 'decontaminate', printf('cosine=%.4f', found.cosine),
+                found.name FROM alive JOIN found USING (key)""",
         )

@@ -48,7 +48,8 @@ def place(selection: Selection, pack: PackConfig) -> None:
     db, seed = selection.db, selection.seed
     db.execute(f"""
         CREATE TABLE retained AS SELECT row FROM rows JOIN retainable USING (row)
-        WHERE row NOT IN (SELECT row FROM linked WHERE label IN (SELECT label FROM linked JOIN alive USING (row)))
+        WHERE row NOT IN (
+            SELECT row FROM linked WHERE label IN (SELECT linked.label FROM linked SEMI JOIN alive USING (row)))
         ORDER BY {seeded(seed, "retain")}, key LIMIT {pack.retain}""")
     db.execute("CREATE VIEW kept AS SELECT row, true AS is_kept FROM alive UNION ALL SELECT row, true FROM retained")
     db.execute("""

@@ -36,8 +36,9 @@ def apply(selection: Selection, step: Relevance) -> None:
         passed = f"rank <= {how_many(selection, step.keep, None)}"
     selection.insert(
         _scores(selection, step),
+        # found.score: the list may have a column of that name.
         f"""SELECT row, 'select', {literal(step.name)}, 'relevance', coalesce(printf('%.4f', score), 'NULL'), NULL
-        FROM (SELECT row, score, row_number() OVER (ORDER BY score DESC NULLS LAST, key) AS rank
+        FROM (SELECT row, found.score, row_number() OVER (ORDER BY found.score DESC NULLS LAST, key) AS rank
             FROM alive LEFT JOIN found USING (key))
         WHERE score IS NULL OR NOT {passed}""",
     )

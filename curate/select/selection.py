@@ -17,7 +17,7 @@ import duckdb
 
 from curate.config import ClipConfig
 from curate.database import column_types
-from curate.errors import ConfigError, InputError, ModelError
+from curate.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,8 +57,7 @@ class Selection:
         """The CLIP itself, loaded once for all steps."""
         from curate.clip import load_clip
 
-        if self.clip is None:
-            raise ConfigError("filters: a step compares embeddings, but no CLIP measures them: set measure.clip.name")
+        assert self.clip is not None, "check_measured lets no step that embeds come here without a CLIP"
         return load_clip(self.clip.name, self.clip.pretrained, device=self.clip.device)
 
     def embeddings(self) -> Iterator[tuple[pa.Array, np.ndarray]]:

@@ -45,7 +45,10 @@ def encoded(rgb: np.ndarray, form: str = "PNG", **options: Any) -> bytes:
 
 
 def row(number: int, rgb: np.ndarray | None = None, **facts: Any) -> dict[str, Any]:
-    """One row of a list and what came for it; no `rgb` is a failed download. `facts` override what fetch would say."""
+    """One row of a list and what came for it; no `rgb` is a failed download.
+
+    `facts` override what fetch would say, or are further columns of the list.
+    """
     return {"url": f"http://host{number % 3}.test/{number}.png", "caption": f"caption {number}", "rgb": rgb} | facts
 
 
@@ -53,9 +56,10 @@ def fetched(out: Path, rows: Sequence[dict[str, Any]], filters: Filters = (), sh
     """Plan a list of these rows, and write the raw shards as a fetch would; rows that the plan drops never come."""
     listed = out.parent / f"{out.name}.csv"
     with listed.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["url", "caption", "list_row"])
+        more = sorted({name for r in rows for name in r} - {*FETCH_COLUMNS, "url", "caption", "rgb", "content"})
+        writer = csv.DictWriter(file, ["url", "caption", "list_row", *more], extrasaction="ignore")
         writer.writeheader()
-        writer.writerows({"url": r["url"], "caption": r["caption"], "list_row": n} for n, r in enumerate(rows))
+        writer.writerows({**r, "list_row": n} for n, r in enumerate(rows))
     plan.run(str(listed), out, PlanConfig(shard_size=shard_size), parse_steps(filters))
     for path in sorted((out / "plan").glob("[0-9]*.parquet")):
         write_raw(out, path, rows)
@@ -99,7 +103,7 @@ def ledger(out: Path) -> list[dict[str, Any]]:
 
 def dropped(out: Path, name: str) -> dict[int, str | None]:
     """Row → value, of what one step dropped."""
-    return {line["row"]: line["value"] for line in ledger(out) if line["step"] == name}
+    return {line["row"]: line["value"] for line in ledger(out) if line["step"] == name and not line["kept"]}
 
 
 def kept(out: Path) -> list[int]:

@@ -178,7 +178,7 @@ def example_rows(each: int = 12) -> list[Row]:
     add(6 * each, split="train")
     add(each, split="val")
     add(each, split="test")
-    add(2 * each, split="retain", clip_score=lambda _: rng.gauss(0.2, 0.03))
+    add(2 * each, split="retain", step="on_topic", value="0.2000", clip_score=lambda _: rng.gauss(0.2, 0.03))
     add(3, stage="plan", step="plan", reason="empty_url", url=None)
     add(5, stage="plan", step="plan", reason="duplicate_row", twin=rows[0].key)
     add(

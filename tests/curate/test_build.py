@@ -59,6 +59,17 @@ def packed(out: Path) -> dict[str, str]:
     return {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted((out / "shards").iterdir())}
 
 
+def running(pids: list[str], within_s: float) -> list[str]:
+    """Which of the processes are still there after so long; a zombie is not."""
+    deadline = time.monotonic() + within_s
+    while True:
+        stats = [(pid, Path(f"/proc/{pid}/stat")) for pid in pids]
+        left = [pid for pid, stat in stats if stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.05)
+
+
 def stamps(out: Path, *folders: str) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for folder in folders for path in (out / folder).iterdir()}
 
@@ -128,10 +139,64 @@ def test_killed_in_the_fetch_the_same_command_ends_with_the_same_bytes(web: WebS
     assert not list(out.rglob("*.tmp"))
 
 
+def test_terminated_in_the_fetch_it_ends_its_workers_and_continues_when_asked(web: WebServer, tmp_path: Path) -> None:
+    urls = write_list(web, tmp_path, "/slow.jpg")
+    web.add("/slow.jpg", page(jpeg(50)))
+    run(command(urls, tmp_path / "unbroken"))
+    web.add("/slow.jpg", after(60, page(jpeg(50))))
+    out = tmp_path / "dataset"
+    words = command(urls, out, "--fetch.read_timeout_s", "90")
+    build = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while web.asked["/slow.jpg"] < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    workers = Path(f"/proc/{build.pid}/task/{build.pid}/children").read_text().split()
+    assert workers
+    build.terminate()
+    said = build.communicate(timeout=30)[1]
+    assert build.returncode == 143
+    assert said.endswith("curate: interrupted; what is done is kept, the same command continues\n")
+    assert "Traceback" not in said
+    assert not running(workers, within_s=10)
+    assert not [*out.rglob("*.tmp"), *out.glob(".owner")]
+    with holding(out):
+        pass
+    web.add("/slow.jpg", page(jpeg(50)))
+    run(words)
+    assert packed(out) == packed(tmp_path / "unbroken")
+
+
+def test_a_folder_whose_name_is_a_pattern_is_a_folder_like_any(web: WebServer, tmp_path: Path) -> None:
+    urls = write_list(web, tmp_path)
+    run(command(urls, tmp_path / "plain"))
+    folder = tmp_path / "a[1]*"
+    folder.mkdir()
+    urls = urls.rename(folder / "list?.parquet")
+    run(command(urls, folder))
+    assert packed(folder) == packed(tmp_path / "plain")
+
+
+def test_too_few_images_are_status_3_with_a_way_out(web: WebServer, tmp_path: Path) -> None:
+    words = command(write_list(web, tmp_path), tmp_path / "dataset", "--fetch.min_yield", "0.95")
+    said = run(words, status=3).stderr
+    assert "14 of 15 images arrived (http_status 1;" in said
+    assert "lower fetch.min_yield (0.95)" in said
+
+
+def test_a_stage_alone_that_keeps_nothing_is_status_3(web: WebServer, tmp_path: Path) -> None:
+    out = tmp_path / "dataset"
+    run(command(write_list(web, tmp_path), out))
+    words = command(tmp_path / "list.parquet", out, filters="[{name: huge, where: width > 9000}]")
+    words[words.index("build")] = "select"
+    assert "all 16 rows were dropped" in run(words, status=3).stderr
+
+
 def test_an_outage_is_status_3_and_the_next_run_asks_again(web: WebServer, tmp_path: Path) -> None:
     pages, web.pages = web.pages, {}
     words = command(write_list(web, tmp_path), tmp_path / "dataset")
-    assert "0 of 15 images arrived (http_status 15)" in run(words, status=3).stderr
+    said = run(words, status=3).stderr
+    assert "0 of 15 images arrived (http_status 15;" in said
+    assert "asks again for the 3 shards in which nothing did" in said
     web.pages = pages
     run(words)
 

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -87,6 +88,65 @@ def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
     monkeypatch.setattr(cli, "_run", interrupted)
     assert failing(capsys, "build")[0] == 130
+
+
+QUERY = """
+import os, signal, sys, threading
+import duckdb
+from curate import cli
+
+def query(_):
+    threading.Timer(0.3, os.kill, (os.getpid(), int(sys.argv[1]))).start()
+    with duckdb.connect() as db:
+        db.execute(sys.argv[2])
+
+cli._run, cli.GRACE_S = query, 1.0
+cli.main(["build"])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "query", ["sum(a.range * b.range) FROM range(1000000) a, range(1000000) b", "sum(range) FROM range(9000000000000)"]
+)
+def test_a_signal_in_a_query_of_the_database_is_one_line_soon(number: int, query: str) -> None:
+    words = [sys.executable, "-c", QUERY, str(int(number)), f"SELECT {query}"]
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    assert (ran.returncode, ran.stderr) == (128 + number, cli.INTERRUPTED)
+
+
+def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    status, shown = failing(capsys)
+    assert status == 2
+    assert all(command in shown for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("filters", "says"),
+    [
+        ("[{name: fit, top: {by: clip_score, fraction: 0.3}}]", "filters 'fit': needs clip_score"),
+        ("[{name: fit, where: CLIP_SCORE > 0.2}]", "filters 'fit': needs clip_score"),
+        ("[{name: near, dedup: {by: sha256, keep: clip_score DESC}}]", "filters 'near': needs clip_score"),
+        ("[{name: topic, relevance: {prompts: [x], keep: 0.3}}]", "filters 'topic': needs embeddings"),
+        ("[{name: leak, decontaminate: {against: x, similarity: 0.9}}]", "filters 'leak': needs embeddings"),
+    ],
+)
+def test_a_filter_that_needs_a_clip_is_told_before_any_work(
+    filters: str, says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    status, message = failing(capsys, "build", "--urls", "nowhere.txt", "--out", str(out), "--filters", filters)
+    assert (status, message.count("\n")) == (2, 1)
+    assert message.startswith(f"curate: {says}")
+    assert "set measure.clip.name" in message
+    assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "out" / ".lock").mkdir(parents=True)
+    status, message = failing(capsys, "build", "--urls", "x.txt", "--out", str(tmp_path / "out"))
+    assert (status, message.count("\n")) == (2, 1)
+    assert f"--out {tmp_path / 'out'}: cannot be written to" in message
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -136,7 +136,6 @@ def test_an_expression_over_columns_passes_and_names_them(db, text, columns):
         (" ", "got nothing"),
         ("widht > 3", r"here: no column 'widht'\. Did you mean 'width'\?"),
         ("rows.width > 3", "no column 'rows'"),
-        ("clip_score > 0.3", "set measure.clip.name"),
     ],
 )
 def test_anything_but_an_expression_over_one_row_is_refused(db, text, says):

@@ -1,4 +1,5 @@
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from curate import measure
 from curate.clip import load_clip
 from curate.config import ClipConfig, MeasureConfig
 from curate.errors import ModelError
+from curate.select.selection import read_embeddings
 from curate.shards import ShardWriter
 from tests.curate.fetching import encoded, photo
 from tests.finetune.tiny import write_architecture
@@ -86,6 +88,31 @@ def test_a_shard_without_images_has_empty_signals(tmp_path: Path, config: Measur
         writer.add({"key": "gone", "caption": "x", "status": "failed_to_download"})
     measure.run(tmp_path, config)
     assert signals(tmp_path).num_rows == 0
+
+
+def test_an_image_that_cannot_be_decoded_costs_its_own_row(tmp_path: Path, config: MeasureConfig) -> None:
+    with ShardWriter(tmp_path / "raw" / "00000", SCHEMA, made_from="test") as writer:
+        for number in range(5):
+            content = b"\xff\xd8\xff no picture" if number in (0, 3) else encoded(photo(number), "PNG")
+            writer.add({"key": f"key{number}", "caption": "a cat", "status": "success"}, content, "png")
+    assert measure.run(tmp_path, config).images == 5
+    found = [score is not None for score in signals(tmp_path)["clip_score"].to_pylist()]
+    assert found == [False, True, True, False, True]
+    keys, image_ND = read_embeddings(tmp_path / "signals" / "00000.parquet")
+    assert keys.to_pylist() == ["key1", "key2", "key4"]
+    clip = load_clip(config.clip.name, config.clip.pretrained, device="cpu")
+    images = [Image.open(io.BytesIO(encoded(photo(number), "PNG"))) for number in (1, 2, 4)]
+    np.testing.assert_allclose(image_ND, clip.embed_images(images).numpy(), atol=1e-3)
+
+
+def test_measuring_many_shards_leaves_no_file_open(tmp_path: Path, config: MeasureConfig) -> None:
+    def open_tars() -> list[str]:
+        return [link for fd in Path("/proc/self/fd").iterdir() if (link := os.path.realpath(fd)).endswith(".tar")]
+
+    for shard in range(8):
+        write_raw(tmp_path, shard)
+    measure.run(tmp_path, config)
+    assert open_tars() == []
 
 
 def test_a_clip_that_cannot_be_loaded_is_one_clear_error(tmp_path: Path) -> None:

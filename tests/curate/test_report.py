@@ -5,12 +5,14 @@ import hashlib
 import io
 import json
 import random
+import resource
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -27,6 +29,7 @@ from curate.report.card import size_category
 from curate.report.definitions import DEFINITIONS, limits
 from curate.report.figures import BINS, bin_edges, describe
 from curate.report.samples import SIDE, thumbnail
+from curate.shards import write_parquet
 from tests.curate.pages import Page
 from tests.curate.report_folder import CONFIG, FILTERS, Row, example_rows, jpeg, write_folder
 
@@ -551,6 +554,36 @@ def test_the_summary_table_accounts_for_every_row(folder, figures):
         assert step["step"] in text
     for split in ("train", "val", "test", "retain"):
         assert split in text
+
+
+def test_what_a_step_moved_to_retain_is_said_at_that_step(tmp_path):
+    rows = [Row(f"{n:020x}", split="retain", step="on_topic", value="0.1") for n in range(1322)]
+    page = make(tmp_path, [Row("f" * 20), *rows])
+    funnel = json.loads((tmp_path / "report.json").read_text())["funnel"]
+    assert {step["step"]: step["retained"] for step in funnel if step["retained"]} == {"on_topic": 1322}
+    assert [(step["dropped"], step["left"]) for step in funnel if step["step"] == "on_topic"] == [(0, 1323)]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(report.summary_table(tmp_path))
+    (line,) = [line for line in console.export_text().splitlines() if "on_topic" in line]
+    assert "→ retain 1,322" in line
+    assert any("→\xa0retain\xa01,322" in cell for row in page.rows for cell in row)
+    assert "| 0 → retain 1,322 |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_report_of_more_shards_than_a_process_may_hold_open(tmp_path, monkeypatch):
+    rows = [Row(f"{n:020x}", image=jpeg(n, 40, 30), split="train") for n in range(3)]
+    write_folder(tmp_path, rows)
+    empty = pq.read_table(tmp_path / "raw" / "00000.parquet").slice(0, 0)
+    for number in range(1, 120):
+        write_parquet(empty, tmp_path / "raw" / f"{number:05d}.parquet", made_from="x")
+    monkeypatch.setattr("curate.database.FILES_AT_ONCE", 20)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 60, hard))
+    try:
+        report.run(tmp_path, ReportConfig(), CONFIG, seed=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert json.loads((tmp_path / "report.json").read_text())["images"] == 3
 
 
 def test_markup_in_a_filters_name_is_printed_as_it_is(tmp_path):

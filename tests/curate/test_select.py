@@ -143,7 +143,7 @@ def test_an_unknown_column_is_told_with_the_nearest(tmp_path):
     out = fetched(tmp_path / "out", rows_of(2))
     with pytest.raises(ConfigError, match=r"filters 'w': no column 'widht'\. Did you mean 'width'\?"):
         select_rows(out, [step("w", where="widht > 3")])
-    with pytest.raises(ConfigError, match=r"filters 't': column 'clip_score' is there only .* set measure.clip.name"):
+    with pytest.raises(ConfigError, match=r"filters 't': needs clip_score, .* set measure.clip.name"):
         select_rows(out, [step("t", top={"by": "clip_score", "fraction": 0.5})])
     assert not (out / "ledger.parquet").exists()
 

@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from curate import measure
+from curate import measure, report
 from curate.clip import load_clip
-from curate.config import MeasureConfig
+from curate.config import MeasureConfig, ReportConfig
 from curate.errors import ConfigError, InputError
 from curate.select.relevance import fill, score
 from tests.curate.fetched import dropped, encoded, fetched, kept, ledger, noise, pack_rows, row, select_rows, tiny_clip
@@ -111,6 +111,25 @@ def test_relevance_keeps_what_reaches_the_threshold(out, clip):
     cut = float(np.median(list(cosines.values())))
     select_rows(out, [step("t", relevance={**relevance, "threshold": cut})], clip=clip, retain=0)
     assert kept(out) == sorted(number for number, cosine in cosines.items() if cosine >= cut)
+
+
+def test_a_list_may_have_columns_of_any_name_a_step_uses_inside(tmp_path, clip, test_images):
+    names = ("score", "rank", "cosine", "name", "number", "least", "same", "distance", "label", "kept_", "_file")
+    out = fetched(tmp_path / "out", [row(n, noise(n)) | dict.fromkeys(names, str(n)) for n in range(12)])
+    measure.run(out, MeasureConfig(clip=clip))
+    every = " AND ".join(f"{name} <> ''" for name in names if name != "kept_") + " AND list_kept_ <> ''"
+    filters = [
+        step("all", where=every),
+        step("exact", dedup={"by": "same", "keep": "score"}),
+        step("near", dedup={"by": "phash", "distance": 2, "keep": "distance"}),
+        step("leak", decontaminate={"against": str(test_images), "similarity": 0.99}),
+        step("on_topic", relevance={"prompts": ["red"], "keep": 0.9}),
+        step("best", top={"by": "TRY_CAST(number AS DOUBLE)", "fraction": 0.9}),
+        step("any", sample={"fraction": 0.9}),
+    ]
+    assert select_rows(out, filters, clip=clip).kept["train"] > 0
+    pack_rows(out)
+    report.run(out, ReportConfig(), {"filters": filters}, 0)
 
 
 def test_a_prompt_template_is_filled():
@@ -259,7 +278,9 @@ def test_retain_has_what_only_relevance_dropped(out, clip, test_images):
     assert result.kept["retain"] == len(expected)
     assert sum(result.kept.values()) == len(expected) + 1
     for number in retained:
-        assert (lines[number]["kept"], lines[number]["reason"]) == (True, None)
+        line = lines[number]
+        assert (line["kept"], line["stage"], line["reason"]) == (True, None, None)
+        assert (line["step"], bool(line["value"])) == ("on_topic" if number in general else "again", True)
     assert set(dropped(out, "on_topic")) == set(general) - retained
     assert len({line["row"] for line in lines}) == 25
 
