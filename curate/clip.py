@@ -1,7 +1,13 @@
 """Load any CLIP that open_clip knows, and embed images and captions with it, L2-normalised.
 
-    clip = load("ViT-B/32")                                  # as CLIP's own users write it
-    probabilities = (100 * clip.embed_images([picture]) @ clip.embed_captions(["a cat", "a dog"]).T).softmax(-1)
+    from PIL import Image
+    from curate.clip import load
+
+    clip = load("ViT-B/32")                                              # as CLIP's own users write it
+    images = clip.embed_images([Image.open("photo.jpg")])                # (1, 512)
+    captions = clip.embed_captions(["a photo of a cat", "a photo of a dog"])   # (2, 512)
+    scale = clip.model.logit_scale.exp().item()                          # 100 for OpenAI's
+    probabilities = (scale * images @ captions.T).softmax(dim=-1)        # (1, 2)
 
 `curate` scores with it and `finetune` trains it, so both see the same preprocessing and tokenizer.
 """
@@ -13,6 +19,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from curate.errors import ConfigError, ModelError, did_you_mean
@@ -98,8 +105,7 @@ def load_clip(name: str, pretrained: str | None = None, *, device: str = "auto")
         name: an open_clip architecture (`ViT-B-32`), OpenAI's name (`ViT-B/32`), `local-dir:FOLDER` or `hf-hub:ID` with
             architecture and weights, or the path of an open_clip model configuration (`tiny.json`).
         pretrained: an open_clip tag (`openai`, `laion2b_s34b_b79k`), the path of a weights file, or None: random
-            weights
-            from torch's global seed, unless the name brings its own.
+            weights from torch's global seed, unless the name brings its own.
         device: `auto` is cuda, else mps, else cpu.
 
     Raises:
@@ -107,14 +113,24 @@ def load_clip(name: str, pretrained: str | None = None, *, device: str = "auto")
     """
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
+    from safetensors import SafetensorError
 
     architecture, weights = _resolve(name, pretrained)
     _check_reachable(architecture, weights)
     try:
         model = open_clip.create_model(architecture, pretrained=weights, weights_only=True)
-    except (RuntimeError, ValueError, OSError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"clip {name}, pretrained {pretrained}: cannot be loaded: {first}") from error
+    # AssertionError: open_clip's own, for weights of another width.
+    except (
+        RuntimeError,
+        ValueError,
+        OSError,
+        LookupError,
+        EOFError,
+        AssertionError,
+        UnpicklingError,
+        SafetensorError,
+    ) as error:
+        raise ModelError(f"clip {name}, pretrained {pretrained}: cannot be loaded: {first_line(error)}") from error
     preprocess_cfg = open_clip.get_model_preprocess_cfg(model)
     return Clip(
         model=model.eval().to(choose_device(device)),
@@ -124,6 +140,12 @@ def load_clip(name: str, pretrained: str | None = None, *, device: str = "auto")
         architecture=open_clip.get_model_config(architecture) or {},
         preprocess_cfg=preprocess_cfg,
     )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; of weights that do not fit, which one is the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def choose_device(device: str = "auto") -> str:

@@ -4,7 +4,8 @@ It writes into the folder of the run:
 
     before.json       ranks of the untouched model, written before the first step; a resumed run compares with the same
     evaluation.json   {"before": {METRIC: {value, low, high, n}}, "after": …, "delta": {METRIC: {value, low, high}},
-    "facts": {…}} examples.json     the best images of a few captions, before and after (finetune/examples.py)
+                      "facts": {…}}
+    examples.json     the best images of a few captions, before and after (finetune/examples.py)
 """
 
 from __future__ import annotations
@@ -103,10 +104,10 @@ class EvaluationCallback(lightning.Callback):
         write_text(self.out / "examples.json", json.dumps(examples(self.sets, before, after)))
 
     def _facts(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> dict[str, Any]:
-        hparams = module.hparams
+        trained: Any = module  # a CLIPModule
         return {
-            "model": " ".join(str(hparams["clip"][key]) for key in ("name", "pretrained") if hparams["clip"][key]),
-            "adapter": hparams["adapter"]["kind"],
+            "model": trained.clip_config.label,
+            "adapter": trained.adapter.kind,
             "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
             "total_parameters": sum(p.numel() for p in module.parameters()),
             "train_samples": len(read_index(self.data.dataset, "train")),
@@ -127,11 +128,15 @@ class EvaluationCallback(lightning.Callback):
         self._mark = time.monotonic()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *arguments: Any) -> None:
-        """Count the step just made."""
-        _, _, batch, _ = arguments
+        """Count the step just made; after the last one of the run, let a validation follow whatever the interval."""
+        module, _, batch, _ = arguments
         now = time.monotonic()
         self.seconds, self._mark = self.seconds + now - self._mark, now
         self.samples += extract_batch_size(batch) * trainer.world_size
+        if trainer.global_step >= module.total_steps():
+            # Else the final weights could never become the best checkpoint. Lightning validates before it stops.
+            trainer.check_val_every_n_epoch = None
+            trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
         """Kept in each checkpoint."""

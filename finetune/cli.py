@@ -187,8 +187,7 @@ def _clips(
 
     found: dict[str, Callable[[], Clip]] = {}
     if clip:
-        name, pretrained = clip.name, None if clip.name.startswith(("local-dir:", "hf-hub:")) else clip.pretrained
-        found[" ".join(filter(None, (name, pretrained)))] = lambda: load_clip(name, pretrained, device=device)
+        found[clip.label] = lambda: load_clip(clip.name, clip.weights, device=device)
     for path in [checkpoint_of(run, checkpoint) for run in runs]:
         found[str(path)] = lambda path=path: load_trained_clip(path, device)  # type: ignore[misc]
     return found

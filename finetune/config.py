@@ -27,7 +27,7 @@ class TrainerConfig:
     num_nodes: int = 1
     """Machines."""
     strategy: str = "auto"
-    """auto, ddp, fsdp, …"""
+    """auto (ddp where there are several devices) or ddp: every device holds all weights."""
     precision: Precision = "32-true"
     """bf16-mixed for a recent GPU, 16-mixed for an older one."""
     max_epochs: int | None = None
@@ -35,9 +35,10 @@ class TrainerConfig:
     max_steps: int = -1
     """Optimiser steps; -1 for no limit."""
     val_check_interval: int | float | None = None
-    """Evaluate every so many steps (int) or shares of an epoch (float)."""
+    """Evaluate every so many steps, counted over epochs (int), or shares of an epoch (float); null: at an epoch's end.
+    The last step is always followed by an evaluation."""
     check_val_every_n_epoch: int | None = 1
-    """Evaluate after every so many epochs."""
+    """Evaluate in one of so many epochs only; plays no part where val_check_interval counts steps."""
     gradient_clip_val: float | None = 1.0
     """Largest gradient norm."""
     log_every_n_steps: int = 10
@@ -50,6 +51,9 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if (self.max_epochs or 0) < 1 and self.max_steps < 1:
             raise ConfigError("trainer: needs max_epochs or max_steps of at least 1")
+        if self.strategy != "auto" and not self.strategy.startswith("ddp"):
+            # Sharded weights would leave rank 0, which evaluates alone, waiting for the others for ever.
+            raise ConfigError(f"trainer.strategy: expected auto or ddp, got '{self.strategy}'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +64,23 @@ class ClipConfig:
     """open_clip architecture, OpenAI's name (ViT-B/32), local-dir:FOLDER, hf-hub:ID, or the path of an open_clip
     model configuration (.json)."""
     pretrained: str | None = "openai"
-    """open_clip tag, path of a weights file, or null: random weights (training from scratch)."""
+    """open_clip tag, path of a weights file, or null: random weights (training from scratch). A name that brings its
+    own weights (local-dir:, hf-hub:) passes over it."""
+
+    @property
+    def brings_weights(self) -> bool:
+        """Whether the name alone says which weights."""
+        return self.name.startswith(("local-dir:", "hf-hub:"))
+
+    @property
+    def weights(self) -> str | None:
+        """What the weights are loaded from beside the name."""
+        return None if self.brings_weights else self.pretrained
+
+    @property
+    def label(self) -> str:
+        """What this CLIP is called in tables and reports."""
+        return f"{self.name} {self.weights}" if self.weights else self.name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -262,12 +262,35 @@ def split_digests(dataset: Path, split: str) -> list[str]:
     return [digest(stem.with_suffix(".parquet")) for stem in stems]
 
 
+def replayed_split(config: DataConfig) -> tuple[Path, str] | None:
+    """The dataset and its split that are replayed; None without replay.
+
+    Raises:
+        ConfigError: replay is asked for, but there is nothing to replay.
+    """
+    if not config.replay:
+        return None
+    if config.replay_dataset:
+        return config.replay_dataset, "train"
+    if not has_split(config.dataset, "retain"):
+        raise ConfigError(
+            f"data.replay is {config.replay}, but {config.dataset} has no retain split; "
+            "set data.replay to 0, or name a data.replay_dataset"
+        )
+    return config.dataset, "retain"
+
+
 def data_fingerprint(config: DataConfig) -> str:
-    """Changes with the content of what is trained on and with how batches are made of it; not with paths or speeds."""
-    digests = [split_digests(config.dataset, "train")]
-    if config.replay:
-        replayed = (config.replay_dataset, "train") if config.replay_dataset else (config.dataset, "retain")
-        digests.append(split_digests(*replayed))
+    """Changes with the content of what is trained on and with how batches are made of it; not with paths or speeds.
+
+    Raises:
+        ConfigError: replay is asked for, but there is nothing to replay.
+        InputError: there is nothing to train on.
+    """
+    replayed = replayed_split(config)
+    digests = [split_digests(*source) for source in ((config.dataset, "train"), replayed) if source]
+    if not digests[0]:
+        read_index(config.dataset, "train")  # says what was expected
     return fingerprint(digests, config.batch_size, config.replay, config.crop_scale)
 
 
@@ -298,22 +321,11 @@ class CLIPDataModule(lightning.LightningDataModule):
         """
         del stage
         self.train_index = read_pairs(self.config.dataset, "train")
-        self.replay_index = self._read_replay()
+        replayed = replayed_split(self.config)
+        self.replay_index = read_pairs(*replayed) if replayed else None
         least = 2 * self._world()[0]
         if len(self.train_index) < least:
             raise InputError(f"{self.config.dataset}: {len(self.train_index)} training pairs; needs at least {least}")
-
-    def _read_replay(self) -> SampleIndex | None:
-        if not self.config.replay:
-            return None
-        if self.config.replay_dataset:
-            return read_pairs(self.config.replay_dataset, "train")
-        if not has_split(self.config.dataset, "retain"):
-            raise ConfigError(
-                f"data.replay is {self.config.replay}, but {self.config.dataset} has no retain split; "
-                "name a data.replay_dataset or set replay to 0"
-            )
-        return read_pairs(self.config.dataset, "retain")
 
     @property
     def schedule(self) -> Schedule:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,7 +47,9 @@ logger = logging.getLogger("cliptailor")
 
 RECALLS = (1, 5, 10)
 TOPS = (1, 5)
-DECODERS = 4  # threads that decode and preprocess; both release the interpreter's lock for most of their time
+DECODERS = min(
+    16, os.cpu_count() or 1
+)  # threads that decode and preprocess; both release the interpreter's lock for most of their time
 EXAMPLES = 6  # captions of examples.json
 EXAMPLE_IMAGES = 4  # images shown for each
 

@@ -73,6 +73,7 @@ def write_open_clip(clip: Clip, to: Path) -> None:
         clip.tokenizer.save_pretrained(to)
     # Cloned: safetensors refuses tensors that share memory.
     weights = {name: value.detach().float().clone() for name, value in clip.model.state_dict().items()}
+    (to / "open_clip_config.json").unlink(missing_ok=True)  # an earlier export's, which these weights may not fit
     with atomic(to / "open_clip_model.safetensors") as temporary:
         safetensors.torch.save_file(weights, temporary, {"format": "pt"})
         temporary.chmod(0o644)  # safetensors makes it its owner's alone

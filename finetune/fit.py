@@ -136,8 +136,8 @@ def _only_process(out: Path) -> Iterator[None]:
 
 
 def _is_first_process() -> bool:
-    """Whether this is rank 0: Lightning runs the same command again for each of the others."""
-    return not (int(os.environ.get("LOCAL_RANK", "0")) or int(os.environ.get("RANK", "0")))
+    """Whether this is rank 0: Lightning, torchrun or SLURM runs the same command for each of the others."""
+    return not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"))
 
 
 def _forget(out: Path) -> None:
@@ -147,10 +147,17 @@ def _forget(out: Path) -> None:
 
 
 def _begin(config: FitConfig) -> None:
-    """Write down what this run is made of, or check that it is what an earlier call wrote."""
+    """Write down what this run is made of, or check that it is what an earlier call wrote.
+
+    An earlier call that trained nothing, because its dataset was wrong, say, is forgotten.
+    """
     written = _plain(asdict(config))
     inputs = _inputs(config)
     path = config.out / "config.yaml"
+    if not _is_first_process():
+        return
+    if not any((config.out / "checkpoints").glob("*.ckpt")) and not (config.out / "finished.json").is_file():
+        _forget(config.out)
     if path.is_file():
         _check_same(path, _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(written))
         _check_same(path.with_name("inputs.json"), json.loads(path.with_name("inputs.json").read_text()), inputs)
@@ -241,6 +248,9 @@ def _trainer(config: FitConfig) -> Any:
     from finetune.loggers import MetricsFile
 
     given = asdict(config.trainer)
+    if isinstance(config.trainer.val_check_interval, int):
+        # Else Lightning counts steps anew in each epoch, and refuses an interval longer than one.
+        given["check_val_every_n_epoch"] = None
     shown = given.pop("enable_progress_bar") and sys.stderr.isatty()
     try:
         return lightning.Trainer(
@@ -311,7 +321,8 @@ def _monitor(config: FitConfig, metrics: list[str]) -> str | None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without Lightning's adverts, and without its hints at what is so on purpose here."""
-    talkers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    names = ["lightning.pytorch", "lightning.fabric"] + ([] if _is_first_process() else [logger.name])
+    talkers = [logging.getLogger(name) for name in names]
     levels = [talker.level for talker in talkers]
     for talker in talkers:
         talker.setLevel(logging.WARNING)

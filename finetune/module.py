@@ -40,9 +40,8 @@ class CLIPModule(lightning.LightningModule):
         adapter: what of it is trained.
         loss: of the batch.
         optimizer: AdamW and its schedule.
-        architecture: how to build the model without weights, for a checkpoint to bring them: `model_cfg`,
-            `preprocess_cfg` and
-            `tokenizer` of `Clip`. Checkpoints have it among their hyperparameters; do not give it otherwise.
+        architecture: how to build the model without weights, for a checkpoint to bring them: name, `model_cfg` and
+            `preprocess_cfg`. Checkpoints have it among their hyperparameters; do not give it otherwise.
 
     Attributes:
         clip: the CLIP with its preprocessing and tokenizer.
@@ -91,7 +90,7 @@ class CLIPModule(lightning.LightningModule):
     @property
     def from_scratch(self) -> bool:
         """Whether training started from random weights."""
-        return self.clip_config.pretrained is None and not self.clip_config.name.startswith(("local-dir:", "hf-hub:"))
+        return self.clip_config.weights is None and not self.clip_config.brings_weights
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Embeddings (B, D) of pixels (B, 3, H, W), L2-normalised, at least float32."""
@@ -154,10 +153,15 @@ class CLIPModule(lightning.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, with warm-up and cosine over the steps of this run."""
         optimizer = adamw(self.model, self.optimizer)
-        scheduler = schedule(optimizer, self._total_steps(), self.optimizer)
+        scheduler = schedule(optimizer, self.total_steps(), self.optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _total_steps(self) -> int:
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run.
+
+        Raises:
+            ConfigError: the data is no CLIPDataModule and the trainer has no max_steps.
+        """
         trainer = self.trainer
         batches = getattr(trainer.datamodule, "batches_per_epoch", None)  # type: ignore[attr-defined]
         if batches is None:

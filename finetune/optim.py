@@ -15,8 +15,8 @@ MAX_LOGIT_SCALE = math.log(100)
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """The trainable parameters in two groups: matrices and kernels with weight decay; the rest without.
 
-    Without: biases, norms and logit_scale (all of one or no axis), and embeddings (tokens, positions, class), as
-        open_clip and CLIP do.
+    Without: gains, biases and logit_scale (all of one or no axis), as in the paper; and the embeddings of tokens,
+    positions and class, which open_clip's own optimiser decays: for adaptation they are better left where they are.
     """
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
@@ -33,9 +33,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters, in its fused form, which is several times faster on CPU and GPU alike."""
     fused = all(parameter.device.type in ("cpu", "cuda", "mps") for parameter in model.parameters())
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         parameter_groups(model, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps, fused=fused
     )
+    # Fused, it offers to undo a loss scale inside its step. Lightning then refuses to clip in any mixed precision,
+    # because gradients would be clipped while still scaled; without the offer it undoes the scale before.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:

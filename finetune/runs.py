@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 def run_config(run: Path) -> FitConfig:
     """What the run was started with.
 
+    Args:
+        run: its folder, or one of its checkpoints.
+
     Raises:
         InputError: not the folder of a run.
     """
-    path = run / "config.yaml"
+    path = (run.parent.parent if run.is_file() else run) / "config.yaml"
     if not path.is_file():
         raise InputError(f"{run}: no config.yaml; expected the folder of a run (`out` of `finetune fit`)")
     return read_config(path, FitConfig)
@@ -57,13 +60,13 @@ def load_module(checkpoint: Path) -> Any:
     Raises:
         ModelError: it cannot be read as one.
     """
+    from curate.clip import first_line
     from finetune.module import CLIPModule
 
     try:
         return CLIPModule.load_from_checkpoint(checkpoint, map_location="cpu").eval()
     except (RuntimeError, KeyError, TypeError, EOFError, OSError, ValueError, UnpicklingError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{checkpoint}: not a checkpoint of `finetune fit`: {first}") from error
+        raise ModelError(f"{checkpoint}: not a checkpoint of `finetune fit`: {first_line(error)}") from error
 
 
 def load_trained_clip(checkpoint: Path, device: str = "auto") -> Clip:

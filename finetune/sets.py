@@ -177,9 +177,14 @@ def dataset_sets(config: EvaluateConfig, dataset: Path, split: str) -> Evaluatio
         InputError: the dataset has no such split.
     """
     folder = shard_folder(dataset)
+    if not folder.is_dir():
+        raise InputError(f"{dataset}: no such folder; expected a dataset that curate build or img2dataset made")
     if not shards_of(folder, split):
         there = ", ".join(name for name in SPLITS if shards_of(folder, name)) or "none"
-        raise InputError(f"{folder}: no {split} split to evaluate on; splits there: {there}")
+        raise InputError(
+            f"{folder}: no {split} split to evaluate on; splits there: {there}. "
+            "All of a folder without splits: evaluate.retrieval.NAME"
+        )
     return evaluation_sets(config, dataset, (split, "retain"))
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from curate import clip as clip_module
 from curate.clip import OPENAI_NAMES, load, load_clip, weights_fingerprint
 from curate.errors import ConfigError, ModelError
 from tests.finetune.tiny import write_architecture
@@ -84,3 +85,32 @@ def test_the_fingerprint_follows_the_weights(tmp_path: Path) -> None:
     weights.write_bytes(b"two")
     assert weights_fingerprint(f"local-dir:{tmp_path}", None) != before
     assert weights_fingerprint("ViT-B/32", "openai") != weights_fingerprint("ViT-B/16", "openai")
+
+
+@pytest.mark.parametrize("kind", ["garbage.pt", "garbage.safetensors", "other.pt", "wider.pt"])
+def test_weights_that_do_not_fit_are_an_error_of_one_line(tiny: str, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / kind
+    path.write_bytes(b"garbage" * 50)
+    if kind == "other.pt":
+        torch.save({"weight": torch.zeros(1)}, path)
+    if kind == "wider.pt":
+        weights = load_clip(tiny, device="cpu").model.state_dict()
+        weights["positional_embedding"] = torch.zeros(16, 48)
+        torch.save(weights, path)
+    with pytest.raises(ModelError, match=r"cannot be loaded: \S.*[^:]$") as caught:
+        load_clip(tiny, str(path), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_example_in_the_modules_docstring_runs_as_it_stands(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (50, 40), "red").save("photo.jpg")
+    lines = [line.strip() for line in (clip_module.__doc__ or "").splitlines() if line.startswith("    ")]
+    example = "\n".join(lines).replace("ViT-B/32", tiny)
+    found: dict[str, torch.Tensor] = {}
+    exec(example, found)
+    assert found["probabilities"].shape == (1, 2)
+    assert float(found["probabilities"].sum()) == pytest.approx(1)
+    assert not found["probabilities"].requires_grad

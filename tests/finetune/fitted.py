@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from finetune.config import (
@@ -20,15 +21,23 @@ from tests.finetune import tiny
 
 
 def fit_tiny(out: Path, dataset: Path, architecture: str, adapter: AdapterConfig, *, steps: int = 6) -> FitConfig:
-    """Train a few steps at a rate that changes the weights for all to see; evaluate on val, retain and colours."""
-    config = FitConfig(
-        out=out / "run",
+    """Train `tiny_config` into `out/run`; evaluate on val, retain and colours."""
+    config = tiny_config(out / "run", dataset, architecture, adapter, steps=steps)
+    colours = ZeroShotConfig(images=labelled_folder(out / "colours"))
+    config = replace(config, evaluate=EvaluateConfig(zero_shot={"colours": colours}))
+    fit(config)
+    return config
+
+
+def tiny_config(out: Path, dataset: Path, architecture: str, adapter: AdapterConfig, *, steps: int = 6) -> FitConfig:
+    """A few steps at a rate that changes the weights for all to see, evaluated every three."""
+    return FitConfig(
+        out=out,
         trainer=TrainerConfig(
             max_steps=steps,
             accelerator="cpu",
             enable_progress_bar=False,
             val_check_interval=3,
-            check_val_every_n_epoch=None,  # count steps across epochs
         ),
         model=ModelConfig(
             clip=ClipConfig(name=architecture, pretrained=None),
@@ -36,10 +45,7 @@ def fit_tiny(out: Path, dataset: Path, architecture: str, adapter: AdapterConfig
             optimizer=OptimizerConfig(lr=1e-2),
         ),
         data=DataConfig(dataset=dataset, batch_size=8, eval_batch_size=8, num_workers=0),
-        evaluate=EvaluateConfig(zero_shot={"colours": ZeroShotConfig(images=labelled_folder(out / "colours"))}),
     )
-    fit(config)
-    return config
 
 
 def labelled_folder(folder: Path, each: int = 2) -> Path:

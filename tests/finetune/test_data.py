@@ -330,7 +330,9 @@ def test_errors_say_what_is_missing(clip, dataset, tmp_path):
     assert not has_split(bare, "retain")
     with pytest.raises(InputError, match="1 training pairs; needs at least 2"):
         WithClip(clip, config(bare))
-    with pytest.raises(ConfigError, match=r"has no retain split; name a data\.replay_dataset"):
+    with pytest.raises(
+        ConfigError, match=r"has no retain split; set data\.replay to 0, or name a data\.replay_dataset"
+    ):
         WithClip(clip, config(bare, replay=0.1))
 
 

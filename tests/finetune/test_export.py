@@ -113,7 +113,7 @@ def test_a_run_trained_in_full_has_no_adapter_but_exports(tmp_path, dataset, arc
     run = fit_tiny(tmp_path, dataset, architectures["tiny-vit"], AdapterConfig(kind="full"), steps=1).out
     with pytest.raises(ModelError, match="no adapter"):
         export(run, tmp_path / "adapter", "adapter")
-    assert export(run, tmp_path / "exported") == run / "checkpoints" / "last.ckpt"  # it ended before any validation
+    assert export(run, tmp_path / "exported") == run / "checkpoints" / "best.ckpt"  # even one step is validated
 
 
 def test_quickgelu_and_preprocessing_are_written_back(tmp_path, architectures):

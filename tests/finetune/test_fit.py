@@ -295,7 +295,7 @@ def test_two_processes_do_not_train_into_one_folder(config, tmp_path):
 
 def test_two_processes_train_to_the_weights_of_one_with_the_whole_batch(config, tmp_path):
     model = replace(config.model, adapter=AdapterConfig(kind="full"), optimizer=OptimizerConfig(lr=1e-3))
-    short = TrainerConfig(max_steps=3, accelerator="cpu", log_every_n_steps=1)
+    short = TrainerConfig(max_steps=3, accelerator="cpu", log_every_n_steps=1, val_check_interval=2)
     runs = {}
     for devices, batch_size in ((1, 16), (2, 8)):
         trainer = replace(short, devices=devices, strategy="ddp" if devices > 1 else "auto")
@@ -308,11 +308,18 @@ def test_two_processes_train_to_the_weights_of_one_with_the_whole_batch(config, 
     for key in one:
         # Adam divides by the size of the gradient: where that is rounding alone, so is the step.
         torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=2e-5)
-    losses = []
+    tables = []
     for run in runs.values():
         with (run.out / "metrics.csv").open() as file:
-            losses.append([float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]])
+            tables.append(list(csv.DictReader(file)))
+    losses = [[float(row["train/loss"]) for row in table if row["train/loss"]] for table in tables]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    # Both ranks validated, rank 0 evaluated for both, and none waits for the other.
+    recall = "val/image_to_text/recall@1"
+    evaluated = [[(int(row["step"]), float(row[recall])) for row in table if row[recall]] for table in tables]
+    assert [step for step, _ in evaluated[0]] == [1, 2]
+    assert evaluated[0] == evaluated[1]
+    assert (runs[2].out / "checkpoints" / "best.ckpt").is_file()
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -337,7 +344,7 @@ def test_without_a_val_split_nothing_is_monitored_and_the_last_is_kept(config, t
 
 def test_what_the_trainer_refuses_is_a_configuration_error(config, tmp_path):
     with pytest.raises(ConfigError, match=r"trainer: .*no_such"):
-        fit(replace(config, out=tmp_path, trainer=replace(config.trainer, strategy="no_such")))
+        fit(replace(config, out=tmp_path, trainer=replace(config.trainer, accelerator="no_such")))
 
 
 def test_a_run_is_silent_but_for_its_own_lines(config, tmp_path, capfd):
