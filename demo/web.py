@@ -19,6 +19,8 @@ from demo.junk import HOSTS
 
 PIXEL = bytes.fromhex("47494638396101000100800000ffffff00000021f90401000000002c00000000010001000002024401003b")
 START_S = 30
+# The same ports, the same URLs, the same keys, the same order: the demo's figures are the same on the same machine.
+PORTS = [18471, 18472, 18473]
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ def serving(bodies: dict[str, bytes], ports: list[int]) -> Iterator[Web]:
 
 
 def _serve(bodies: dict[str, bytes], ports: list[int], pipe: Connection) -> None:
-    wanted = ports if len(ports) == 3 and all(_is_free(port) for port in ports) else [_free_port() for _ in range(3)]
+    wanted = ports or PORTS
+    if not all(_is_free(port) for port in wanted):
+        wanted = [_free_port() for _ in wanted]
     asyncio.run(_Server(bodies).run(wanted, pipe))
 
 
