@@ -113,7 +113,7 @@ def test_relevance_keeps_what_reaches_the_threshold(out, clip):
     assert kept(out) == sorted(number for number, cosine in cosines.items() if cosine >= cut)
 
 
-def test_a_list_may_have_columns_of_any_name_a_step_uses_inside(tmp_path, clip, test_images):
+def test_a_list_may_have_columns_of_any_name_a_step_uses_inside(tmp_path, clip, held_out):
     names = ("score", "rank", "cosine", "name", "number", "least", "same", "distance", "label", "kept_", "_file")
     out = fetched(tmp_path / "out", [row(n, noise(n)) | dict.fromkeys(names, str(n)) for n in range(12)])
     measure.run(out, MeasureConfig(clip=clip))
@@ -122,7 +122,7 @@ def test_a_list_may_have_columns_of_any_name_a_step_uses_inside(tmp_path, clip, 
         step("all", where=every),
         step("exact", dedup={"by": "same", "keep": "score"}),
         step("near", dedup={"by": "phash", "distance": 2, "keep": "distance"}),
-        step("leak", decontaminate={"against": str(test_images), "similarity": 0.99}),
+        step("leak", decontaminate={"against": str(held_out), "similarity": 0.99}),
         step("on_topic", relevance={"prompts": ["red"], "keep": 0.9}),
         step("best", top={"by": "TRY_CAST(number AS DOUBLE)", "fraction": 0.9}),
         step("any", sample={"fraction": 0.9}),
@@ -168,7 +168,7 @@ def test_clip_score_is_a_column_like_any_other(out, clip):
 
 
 @pytest.fixture
-def test_images(tmp_path):
+def held_out(tmp_path):
     """Of the crawl: 2 as the very file, 9 re-encoded, 12 with a corner painted over; and a broken file."""
     folder = tmp_path / "held out"
     (folder / "deep").mkdir(parents=True)
@@ -182,23 +182,23 @@ def test_images(tmp_path):
     return folder
 
 
-def test_images_of_a_test_set_are_found_by_bytes_by_hash_and_by_embedding(out, clip, test_images, caplog):
-    against = {"against": str(test_images), "distance": 2}
+def test_images_of_a_test_set_are_found_by_bytes_by_hash_and_by_embedding(out, clip, held_out, caplog):
+    against = {"against": str(held_out), "distance": 2}
     with caplog.at_level(logging.WARNING, "cliptailor"):
         select_rows(out, [step("leak", decontaminate=against)])
     assert "broken.png: truncated_image" in caplog.text
     assert {2, 9} <= set(dropped(out, "leak")) <= {2, 8, 9}
     lines = ledger(out)
-    assert (lines[2]["value"], lines[2]["twin"]) == ("sha256", f"{test_images}/two.png")
+    assert (lines[2]["value"], lines[2]["twin"]) == ("sha256", f"{held_out}/two.png")
     assert lines[9]["value"].startswith("distance=")
-    assert lines[9]["twin"] == f"{test_images}/nine.jpg"
+    assert lines[9]["twin"] == f"{held_out}/nine.jpg"
 
     stored = embeddings(out)
-    twelve = Image.open(test_images / "deep" / "twelve.png")
+    twelve = Image.open(held_out / "deep" / "twelve.png")
     wanted = load_clip(clip.name, clip.pretrained, device="cpu").embed_images([twelve])[0].numpy()
     similarity = float(stored[12] @ wanted) - 1e-3
     select_rows(out, [step("leak", decontaminate={**against, "similarity": similarity})], clip=clip)
-    assert ledger(out)[12]["twin"] == f"{test_images}/deep/twelve.png"
+    assert ledger(out)[12]["twin"] == f"{held_out}/deep/twelve.png"
     assert ledger(out)[12]["value"] == f"cosine={float(stored[12] @ wanted):.4f}"
     assert ledger(out)[2]["value"] == "sha256"
 
@@ -225,21 +225,21 @@ def test_a_dataset_is_known_by_the_bytes_of_its_originals(tmp_path):
     assert dropped(out, "leak") == {0: "sha256"}
 
 
-def test_a_test_set_that_is_not_there_or_empty_is_told(out, tmp_path, clip, test_images):
+def test_a_test_set_that_is_not_there_or_empty_is_told(out, tmp_path, clip, held_out):
     with pytest.raises(ConfigError, match=r"filters 'leak': .*/none: no such file"):
         select_rows(out, [step("leak", decontaminate={"against": str(tmp_path / "none")})])
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="empty: no image there"):
         select_rows(out, [step("leak", decontaminate={"against": str(tmp_path / "empty")})])
     with pytest.raises(ConfigError, match=r"set measure.clip.name"):
-        select_rows(out, [step("leak", decontaminate={"against": str(test_images), "similarity": 0.9})])
+        select_rows(out, [step("leak", decontaminate={"against": str(held_out), "similarity": 0.9})])
 
 
-def test_a_new_image_in_the_test_set_is_seen(out, test_images):
-    filters = [step("leak", decontaminate={"against": str(test_images), "distance": 0})]
+def test_a_new_image_in_the_test_set_is_seen(out, held_out):
+    filters = [step("leak", decontaminate={"against": str(held_out), "distance": 0})]
     assert select_rows(out, filters).made
     assert not select_rows(out, filters).made
-    (test_images / "four.png").write_bytes(encoded(noise(4)))
+    (held_out / "four.png").write_bytes(encoded(noise(4)))
     assert select_rows(out, filters).made
     assert 4 in dropped(out, "leak")
 
@@ -247,7 +247,7 @@ def test_a_new_image_in_the_test_set_is_seen(out, test_images):
 # --- retain ----------------------------------------------------------------------------------------------------------
 
 
-def test_retain_has_what_only_relevance_dropped(out, clip, test_images):
+def test_retain_has_what_only_relevance_dropped(out, clip, held_out):
     relevance = step("on_topic", relevance={"prompts": ["red"], "keep": 0.25})
     before = [step("some", where="row <> 20"), relevance]
     select_rows(out, before, clip=clip, retain=0)
@@ -255,7 +255,7 @@ def test_retain_has_what_only_relevance_dropped(out, clip, test_images):
     assert (len(domain), len(general)) == (6, 17)
     late = [
         step("where", where="row <> 21"),
-        step("leak", decontaminate={"against": str(test_images), "distance": 0}),
+        step("leak", decontaminate={"against": str(held_out), "distance": 0}),
         step("exact", dedup={"by": "sha256", "keep": "entropy DESC"}),
         step("near", dedup={"by": "phash", "distance": 8, "keep": "entropy DESC"}),
         step("best", top={"by": "entropy", "count": 3}),
