@@ -93,9 +93,18 @@ class Clip:
         return torch.nn.functional.normalize(features.float(), dim=-1)
 
 
-def load(name: str, device: str = "auto") -> Clip:
-    """Load one of OpenAI's CLIPs by the name its users write (`ViT-B/32`), or any other as `load_clip` does."""
-    return load_clip(name, "openai" if name in OPENAI_NAMES else None, device=device)
+def load(name: str, pretrained: str | None = None, *, device: str = "auto") -> Clip:
+    """Load a trained CLIP: OpenAI's by the name its users write (`ViT-B/32`), any other as `load_clip` does.
+
+    Raises:
+        ModelError: as `load_clip`; or no weights are named: random ones are not what anybody means here.
+    """
+    if pretrained is None and name in OPENAI_NAMES:
+        pretrained = "openai"
+    if pretrained is None and not name.startswith(("local-dir:", "hf-hub:")):
+        names = ", ".join(OPENAI_NAMES)
+        raise ModelError(f"load('{name}'): which weights? Give pretrained=, or one of OpenAI's names: {names}")
+    return load_clip(name, pretrained, device=device)
 
 
 def load_clip(name: str, pretrained: str | None = None, *, device: str = "auto") -> Clip:

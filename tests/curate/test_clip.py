@@ -56,6 +56,11 @@ def test_weights_that_cannot_be_had_are_told_at_once_with_the_way_out(monkeypatc
         load("RN50")
 
 
+def test_load_gives_no_random_weights() -> None:
+    with pytest.raises(ModelError, match=r"load\('ViT-B-32'\): which weights\? Give pretrained=, or one of .*ViT-B/32"):
+        load("ViT-B-32")
+
+
 @pytest.mark.parametrize(
     ("name", "pretrained", "message"),
     [
@@ -108,7 +113,8 @@ def test_the_example_in_the_modules_docstring_runs_as_it_stands(
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (50, 40), "red").save("photo.jpg")
     lines = [line.strip() for line in (clip_module.__doc__ or "").splitlines() if line.startswith("    ")]
-    example = "\n".join(lines).replace("ViT-B/32", tiny)
+    torch.save(load_clip(tiny, device="cpu").model.state_dict(), "weights.pt")
+    example = "\n".join(lines).replace('"ViT-B/32"', f'"{tiny}", "weights.pt"')
     found: dict[str, torch.Tensor] = {}
     exec(example, found)
     assert found["probabilities"].shape == (1, 2)
