@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
@@ -115,6 +115,8 @@ class _Worker:
         context = get_context("spawn")
         here, there = context.Pipe()
         process = context.Process(target=_work, args=(function, there), daemon=True)
+        # Started by the first worker otherwise, it would lift the mask under which that worker is to start.
+        resource_tracker.ensure_running()
         # A worker inherits the mask: no Ctrl-C reaches it, from its first moment. Ours comes when the mask is lifted.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:

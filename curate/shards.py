@@ -409,6 +409,9 @@ class MemberReader:
     tars: list[Path]
     _open: dict[tuple[int, int], int] = field(default_factory=dict)
 
+    def __del__(self) -> None:
+        self.close()
+
     def __getstate__(self) -> tuple[list[Path]]:
         return (self.tars,)
 

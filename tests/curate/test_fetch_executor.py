@@ -103,6 +103,21 @@ def test_workers_do_not_hear_ctrl_c():
     assert [outcome.result for outcome in run_over(interrupt_myself, [1, 2], processes=1)] == [1, 2]
 
 
+def test_the_first_worker_of_a_process_does_not_hear_ctrl_c_either(tmp_path):
+    """It is the one that starts multiprocessing's resource tracker, which plays with the signal mask itself."""
+    script = tmp_path / "first.py"
+    script.write_text("""
+from tests.curate.test_fetch_executor import interrupt_myself
+from curate.executor import run_over
+
+if __name__ == "__main__":
+    print([outcome.result for outcome in run_over(interrupt_myself, [1], processes=1)])
+""")
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
+    assert (ran.stdout, ran.stderr) == ("[1]\n", "")
+
+
 def test_closing_the_iterator_stops_the_workers(tmp_path):
     (tmp_path / "quick").mkdir()
 

@@ -107,7 +107,8 @@ def test_an_image_that_cannot_be_decoded_costs_its_own_row(tmp_path: Path, confi
 
 def test_measuring_many_shards_leaves_no_file_open(tmp_path: Path, config: MeasureConfig) -> None:
     def open_tars() -> list[str]:
-        return [link for fd in Path("/proc/self/fd").iterdir() if (link := os.path.realpath(fd)).endswith(".tar")]
+        links = [os.path.realpath(handle) for handle in Path("/proc/self/fd").iterdir()]
+        return [link for link in links if link.startswith(str(tmp_path.resolve())) and link.endswith(".tar")]
 
     for shard in range(8):
         write_raw(tmp_path, shard)
