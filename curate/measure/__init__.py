@@ -12,7 +12,7 @@ from curate.config import ClipConfig, MeasureConfig
 from curate.progress import progress
 from curate.shards import digest, fingerprint, made_from, shards_of, sweep, write_parquet
 
-VERSION = 1  # raise it when the same inputs would give other signals
+VERSION = 2  # raise it when the same inputs would give other signals
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,9 @@ def _pixels(clip: Clip, content: bytes) -> torch.Tensor | None:
 
 
 def _vectors(values_ND: np.ndarray, missing_N: np.ndarray | None = None) -> pa.Array:
-    flat = pa.array(values_ND.astype(np.float16).ravel(), pa.float16())
-    mask = None if missing_N is None else pa.array(missing_N)
-    return pa.FixedSizeListArray.from_arrays(flat, values_ND.shape[1], mask=mask)
+    """Float16 lists, null where missing. Not of fixed size: pyarrow 25 cannot read those back where one is null."""
+    missing_N = np.zeros(len(values_ND), bool) if missing_N is None else missing_N
+    flat = pa.array(values_ND[~missing_N].astype(np.float16).ravel(), pa.float16())
+    ends = np.cumsum(np.where(missing_N, 0, values_ND.shape[1]))
+    offsets = pa.array(np.concatenate([[0], ends]), pa.int32())
+    return pa.ListArray.from_arrays(offsets, flat, mask=pa.array(missing_N))

@@ -33,8 +33,8 @@ def main() -> None:
     from curate.filters import parse_steps
 
     seen: list[str] = []
-    for name in ("fsync", "replace", "unlink"):
-        setattr(os, name, dying(getattr(os, name), seen, kill_at))
+    for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink")):
+        setattr(owner, name, dying(getattr(owner, name), seen, kill_at))
     steps = parse_steps([{"name": "words", "where": "caption_words > 1"}, {"name": "exact", "dedup": {}}])
     config = PackConfig(shard_size=shard_size, val=0.2, test=0.2)
     plan.run(str(folder.parent / "list.csv"), folder, PlanConfig(shard_size=8), steps)

@@ -223,7 +223,7 @@ def dying(call):
             os.kill(os.getpid(), signal.SIGKILL)
         return call(*args, **kwargs)
     return counted
-os.fsync, os.replace = dying(os.fsync), dying(os.replace)
+os.fsync, Path.replace = dying(os.fsync), dying(Path.replace)
 schema = pa.schema([("key", pa.string()), ("caption", pa.string()), ("width", pa.int64())])
 with ShardWriter(Path(sys.argv[1]) / "00000", schema, made_from="new") as shard:
     for number in range(3):
