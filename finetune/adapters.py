@@ -8,12 +8,11 @@ dict.
 
 from __future__ import annotations
 
-import copy
 import re
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from curate.errors import ModelError
@@ -104,16 +103,6 @@ def _target_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
             + ("" if is_resnet else " (conv and pool are a ResNet's)")
         )
     return [name for names in found.values() for name in names]
-
-
-def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of an adapted model, LoRA merged, under the keys of the open_clip model it was made from.
-
-    The model itself stays as it is.
-    """
-    merged = copy.deepcopy(model)
-    merge(merged)
-    return {name: value.detach() for name, value in merged.state_dict().items()}
 
 
 def merge(model: nn.Module) -> None:

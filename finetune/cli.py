@@ -282,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"finetune: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        print("finetune: interrupted; the same command continues", file=sys.stderr)
+        print("finetune: interrupted", file=sys.stderr)
         return 130
     return 0
 

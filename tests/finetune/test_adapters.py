@@ -17,12 +17,12 @@ from finetune.adapters import (
     lora_config,
     lora_target,
     merge,
-    plain_state_dict,
     save_adapter,
 )
 from finetune.attention import split_attention
 from finetune.config import AdapterConfig
 from tests.finetune.test_attention import build, embed
+from tests.finetune.tiny import plain_state_dict
 
 TARGETS = {
     "tiny-vit": ["q", "k", "v", "out", "fc", "proj"],

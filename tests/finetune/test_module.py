@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from curate.clip import load_clip
 from curate.errors import ConfigError
 from finetune import CLIPDataModule, CLIPModule
-from finetune.adapters import plain_state_dict
 from finetune.config import AdapterConfig, ClipConfig, LossConfig, OptimizerConfig
 from finetune.losses import contrastive_loss, positives
+from tests.finetune.tiny import plain_state_dict
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning"),

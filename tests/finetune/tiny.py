@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw
+from torch import Tensor, nn
 
 from curate.shards import ShardWriter, shard_name
+from finetune.adapters import merge
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 ARCHITECTURES = {
@@ -67,3 +70,10 @@ def write_dataset(folder: Path, *, train: int = 40, val: int = 8, retain: int = 
         if size:
             write_split(folder, split, size, first=first * 10_000)
     return folder
+
+
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of an adapted model, LoRA merged, under open_clip's keys; the model itself stays as it is."""
+    merged = copy.deepcopy(model)
+    merge(merged)
+    return {name: value.detach() for name, value in merged.state_dict().items()}
