@@ -7,17 +7,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from curate.errors import ConfigError
+from curate.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnsConfig:
+    """Which columns of the list are which."""
+
+    url: str | None = None
+    """Column with the URL; found by itself among the usual names (url, URL, image_url, …) when not given."""
+    caption: str | None = None
+    """Column with the caption; found by itself among the usual names (caption, text, TEXT, alt, …) when not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """How the list is read."""
 
-    url_column: str | None = None
-    """Column with the URL; found by itself among the usual names (url, URL, image_url, …) when not given."""
-    caption_column: str | None = None
-    """Column with the caption; found by itself among the usual names (caption, text, TEXT, alt, …) when not given."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     shard_size: int = 10_000
     """Candidates a raw shard: the unit of work, of retry and of resuming."""
 
@@ -25,60 +32,105 @@ class PlanConfig:
         _at_least("plan.shard_size", self.shard_size, 1)
 
 
+AGENT = "cliptailor"
+ENGINES = ("native", "img2dataset")
+RESIZE_MODES = ("no", "border", "keep_ratio", "keep_ratio_largest", "center_crop")
+ENCODE_FORMATS = ("jpg", "webp", "png")
+# What a site can say against the use of its images, and the names under which each can be ignored.
+OPT_OUTS = ("robots.txt", "noai", "noimageai", "noml", "noindex", "noimageindex", "none", "tdm-reservation")
+
+
 @dataclass(frozen=True, kw_only=True)
 class FetchConfig:
     """How images are downloaded and stored."""
 
+    engine: str = "native"
+    """native, or img2dataset: the real one on the same plan, watched over and checked."""
     processes: int = 0
     """Worker processes, each with its own connections; 0 means one a CPU core."""
     connections: int = 128
     """Requests in flight in each process."""
+
     per_host: int = 8
-    """Requests in flight to one host in each process."""
+    """Most requests in flight to one host, all processes together; fewer while a host answers 429 or 503."""
+    per_host_rate: float = 50.0
+    """Most requests a second to one host, all processes together; 0 sets no limit."""
+    contact: str | None = None
+    """A URL or address in the user agent, by which the sites can reach you."""
+    ignore_opt_outs: list[str] = field(default_factory=list)
+    """Opt-outs not to be heeded, by name: robots.txt, noai, noimageai, noml, noindex, noimageindex, none,
+    tdm-reservation. All are heeded by default; the data card names those that are not."""
+    allow_addresses: list[str] = field(default_factory=list)
+    """Networks outside the public Internet that may be reached, each with a port if wished: 127.0.0.0/8,
+    10.1.0.0/16:8080, [::1]/128:8080."""
+
     connect_timeout_s: float = 10.0
     """Longest wait for a connection."""
     read_timeout_s: float = 15.0
     """Longest wait for the first byte, and for each next one."""
     total_timeout_s: float = 60.0
-    """Longest time for one row: redirects and body together, retries not counted."""
-    max_bytes: int = 20_000_000
-    """Largest body; a longer one is dropped as soon as the limit is passed."""
-    max_pixels: int = 50_000_000
-    """Most pixels an image may say it has; checked in its header, before any pixel is decoded."""
-    min_side: int = 2
-    """Images with a shorter side than this are dropped unseen: tracking pixels. Choose real sizes with a filter."""
+    """Longest time for one row: redirects and body together, retries and waits for the host's turn not counted."""
+    max_wait_s: float = 600.0
+    """Longest time that a row waits for its host's turn; after it the row is dropped as throttled."""
     retries: int = 3
-    """Further tries after an error that may pass: 429, 5xx, a connection or timeout error."""
+    """Further tries, at the end of the shard, after an error that may pass: 429, 5xx, a connection or timeout error."""
     backoff_s: float = 1.0
-    """Wait before the first retry; doubled each time, with jitter; a Retry-After header rules when it is there."""
+    """Least wait before the first retry; doubled each time, with full jitter; a Retry-After header rules when it is
+    there."""
     max_retry_after_s: float = 60.0
     """A Retry-After longer than this is not waited for: the row is dropped as http_status."""
     max_redirects: int = 5
     """Most redirects followed for one row; each target is checked like a new URL."""
-    allow_addresses: list[str] = field(default_factory=list)
-    """Networks outside the public Internet that may be reached, each with a port if wished: 127.0.0.0/8,
-    10.1.0.0/16:8080, [::1]/128:8080."""
-    respect_opt_out: bool = True
-    """Drop images whose X-Robots-Tag header asks not to be used for AI (noai, noimageai, noml) or indexed (noindex,
-    noimageindex, none)."""
-    user_agent: str = "cliptailor/0.1 (dataset builder; +https://pypi.org/project/cliptailor/)"
-    """What the requests call themselves; put a way to reach you here."""
-    max_side: int = 512
-    """Stored images have at most this on their shorter side; larger ones are scaled down (area), none up. 0 stores
-    the bytes as they came."""
-    jpeg_quality: int = 95
-    """Quality of re-encoded JPEGs."""
+    outage_s: float = 600.0
+    """When nothing can be reached any more, the run pauses; after this long it ends with status 69, and the shards
+    at work are not marked as done."""
     min_yield: float = 0.0
     """Share of candidates that must arrive as images; below it `build` ends with status 3 after the fetch. 0 asks
     only for one."""
 
+    max_bytes: int = 20_000_000
+    """Largest body, content encoding undone; a longer one is dropped as soon as the limit is passed."""
+    max_pixels: int = 50_000_000
+    """Most pixels an image may say it has; checked in its header, before any pixel is decoded."""
+    min_side: int = 2
+    """Images with a shorter side than this are dropped unseen: tracking pixels. Choose real sizes with a filter."""
+    decode: bool = True
+    """Decode each image, to check all of it and to measure its pixels. Without it (only where the bytes are stored as
+    they come: resize_mode no, skip_reencode) header and end of file are checked, and columns that need pixels are
+    null."""
+    resize_mode: str = "keep_ratio"
+    """img2dataset's: no; border (fit into a square, white around it); keep_ratio (shorter side is image_size);
+    keep_ratio_largest (longer side is); center_crop (a square from the middle)."""
+    image_size: int = 512
+    """Pixels of the side that resize_mode sets."""
+    resize_only_if_bigger: bool = True
+    """Leave images alone that are small already."""
+    skip_reencode: bool = True
+    """Store the bytes as they came where the image needs no change."""
+    encode_format: str = "jpg"
+    """Of images that are changed: jpg, webp or png."""
+    encode_quality: int = 95
+    """Quality of re-encoded images; for png the compression, 0 to 9."""
+
     def __post_init__(self) -> None:
-        for name in ("connections", "per_host", "max_bytes", "max_pixels", "jpeg_quality"):
+        for name in ("connections", "per_host", "max_bytes", "max_pixels", "image_size"):
             _at_least(f"fetch.{name}", getattr(self, name), 1)
-        for name in ("processes", "retries", "max_redirects", "min_side", "max_side"):
+        for name in ("processes", "per_host_rate", "retries", "max_redirects", "min_side", "encode_quality"):
             _at_least(f"fetch.{name}", getattr(self, name), 0)
+        _one_of("fetch.engine", self.engine, ENGINES)
+        _one_of("fetch.resize_mode", self.resize_mode, RESIZE_MODES)
+        _one_of("fetch.encode_format", self.encode_format, ENCODE_FORMATS)
+        for name in self.ignore_opt_outs:
+            _one_of("fetch.ignore_opt_outs", name, OPT_OUTS)
+        if not self.decode and (self.resize_mode != "no" or not self.skip_reencode):
+            raise ConfigError("fetch.decode false: needs resize_mode no and skip_reencode true")
         for network in self.allow_addresses:
             parse_network(network)
+
+    @property
+    def user_agent(self) -> str:
+        """What the requests call themselves; its first word is the name that robots.txt and opt-outs mean."""
+        return f"{AGENT}/0.1 (image dataset builder; {self.contact or 'no contact given'})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,11 +207,15 @@ class BuildConfig:
     """Everything `curate build` needs."""
 
     urls: str | None = None
-    """The list: a parquet, csv, tsv, txt, json or jsonl file, a folder of such files, or a glob."""
+    """The list: a parquet, csv, tsv, txt, json or jsonl file (also .gz, .zst), a folder of such files, a glob, or any
+    of these at s3://, gs://, hf:// …; or images that are there already: a folder of images, of webdataset tars, or one
+    that img2dataset made."""
     out: Path = Path("dataset")
     """Folder of the dataset."""
     seed: int = 0
     """Seed of every random choice: sample, shuffle, split."""
+    retry_failed: bool = False
+    """Ask again for the rows of an earlier run that failed for a reason that may pass: timeout, dns, 503 …"""
     plan: PlanConfig = field(default_factory=PlanConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
@@ -191,6 +247,11 @@ def parse_network(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Netw
             f"fetch.allow_addresses: '{text}' is not a network ({error}); "
             "expected 127.0.0.0/8, 127.0.0.0/8:8080 or [::1]/128:8080"
         ) from error
+
+
+def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{key}: '{value}' is none of {', '.join(known)}.{did_you_mean(value, known)}")
 
 
 def _at_least(key: str, value: float, least: float) -> None:

@@ -5,6 +5,7 @@
     ├── InputError            2   a list, image folder or dataset that cannot be read as what it should be
     ├── ModelError            2   a CLIP that cannot be found or loaded, or does not fit what is asked of it
     ├── UnwantedResult        3   the run ended, but not with what was asked for: nothing kept, an outage
+    ├── Outage               69   nothing could be reached for fetch.outage_s; what was not done stays to be done
     └── Busy                 75   another run holds this folder
 
 A message is one or two lines: which file, key or row; what was expected; what to do.
@@ -45,6 +46,12 @@ class UnwantedResult(CliptailorError):
     """The run ended, but the result is not what was asked for."""
 
     exit_status = 3
+
+
+class Outage(CliptailorError):
+    """The network was gone for too long; nothing that was not done is marked as done."""
+
+    exit_status = 69
 
 
 class Busy(CliptailorError):

@@ -24,7 +24,10 @@ class Reason(str, Enum):
     BLOCKED_SCHEME = "blocked_scheme"
     BLOCKED_ADDRESS = "blocked_address"
     TOO_MANY_REDIRECTS = "too_many_redirects"
-    OPT_OUT = "opt_out"
+    OPT_OUT = "opt_out"  # a header: X-Robots-Tag, TDM-Reservation
+    ROBOTS_DISALLOW = "robots_disallow"
+    ROBOTS_UNREACHABLE = "robots_unreachable"
+    THROTTLED = "throttled"  # its host's turn did not come within fetch.max_wait_s
     # fetch: the network's or the server's doing
     DNS = "dns"
     CONNECT = "connect"
@@ -37,10 +40,13 @@ class Reason(str, Enum):
     TOO_LARGE = "too_large"
     EMPTY_BODY = "empty_body"
     NOT_AN_IMAGE = "not_an_image"
+    UNSUPPORTED_IMAGE = "unsupported_image"  # an image, of a kind that nothing here decodes
     TOO_MANY_PIXELS = "too_many_pixels"
     TOO_SMALL = "too_small"
     TRUNCATED_IMAGE = "truncated_image"
     CORRUPT_IMAGE = "corrupt_image"
+    # fetch: an image of a local folder or tar
+    UNREADABLE = "unreadable"
     # fetch: of our own doing
     WORKER_DIED = "worker_died"
     # select: one for each kind of step

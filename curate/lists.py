@@ -156,11 +156,11 @@ def choose_columns(
         ConfigError: a column the user named is not there.
         InputError: none was named, and none has a usual name.
     """
-    url = _choose("url_column", config.url_column, URL_NAMES, types, source)
+    url = _choose("columns.url", config.columns.url, URL_NAMES, types, source)
     others = {name: kind for name, kind in types.items() if name != url}
     caption = None
-    if source.kind != "txt" or config.caption_column:
-        caption = _choose("caption_column", config.caption_column, CAPTION_NAMES, others, source)
+    if source.kind != "txt" or config.columns.caption:
+        caption = _choose("columns.caption", config.columns.caption, CAPTION_NAMES, others, source)
     carried, kept_types = {}, {}
     for name, kind in others.items():
         if name != caption:

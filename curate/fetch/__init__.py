@@ -34,16 +34,20 @@ FORMAT_VERSION = 1
 # Keys of FetchConfig that decide how fast and how patiently, not what is stored.
 MANNER_OF_FETCHING = frozenset(
     {
+        "engine",
         "processes",
         "connections",
         "per_host",
+        "per_host_rate",
+        "contact",
         "connect_timeout_s",
         "read_timeout_s",
         "total_timeout_s",
+        "max_wait_s",
         "retries",
         "backoff_s",
         "max_retry_after_s",
-        "user_agent",
+        "outage_s",
         "min_yield",
     }
 )

@@ -85,10 +85,10 @@ def picture(content: bytes, http_status: int, config: FetchConfig) -> Picture:
 
     came = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     try:
-        decoded = decode(content, max_pixels=config.max_pixels, min_side=config.min_side, short_side=config.max_side)
+        decoded = decode(content, max_pixels=config.max_pixels, min_side=config.min_side, short_side=config.image_size)
     except Rejected as error:
         return Picture({**rejected(error.reason, error.value, http_status), **came})
-    stored = store(decoded, content, max_side=config.max_side, quality=config.jpeg_quality)
+    stored = store(decoded, content, max_side=config.image_size, quality=config.encode_quality)
     height, width = stored.rgb.shape[:2]
     long_side, short_side = max(decoded.width, decoded.height), min(decoded.width, decoded.height)
     facts = {

@@ -171,10 +171,9 @@ class Fetcher:
                 may_pass=response.status in MAY_PASS,
                 retry_after_s=retry_after_s(response.headers.get("Retry-After"), datetime.now(timezone.utc)),
             )
-        if self.config.respect_opt_out:
-            directive = opt_out(response.headers.getall("X-Robots-Tag", ()), self.config.user_agent)
-            if directive:
-                raise TransferError(Reason.OPT_OUT, directive, http_status=200)
+        directive = opt_out(response.headers.getall("X-Robots-Tag", ()), self.config.user_agent)
+        if directive and directive not in self.config.ignore_opt_outs:
+            raise TransferError(Reason.OPT_OUT, directive, http_status=200)
         if (response.content_length or 0) > self.config.max_bytes:
             raise TransferError(Reason.TOO_LARGE, f"{response.content_length} bytes", http_status=200)
 

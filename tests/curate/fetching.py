@@ -38,6 +38,7 @@ def impatient(**changes):
         "total_timeout_s": 1.0,
         "retries": 0,
         "backoff_s": 0.02,
+        "per_host_rate": 0,
         "allow_addresses": ["127.0.0.0/8"],
     }
     return FetchConfig(**{**settings, **changes})

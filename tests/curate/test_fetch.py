@@ -56,7 +56,7 @@ def test_every_plan_row_is_in_raw_once_and_a_second_run_asks_for_nothing(server,
     }
 
     asked, before = server.asked.total(), files(tmp_path)
-    assert run(tmp_path, impatient(processes=1, connections=3, user_agent="other/1")) == FetchResult(
+    assert run(tmp_path, impatient(processes=1, connections=3, contact="me@example.org")) == FetchResult(
         result.counts, made=0, reused=3
     )
     assert server.asked.total() == asked
@@ -79,7 +79,7 @@ def test_what_changes_the_stored_images_fetches_again_and_speeds_do_not(server, 
     serve(server, tmp_path)
     run(tmp_path, impatient())
     assert run(tmp_path, impatient(retries=1, connections=7, min_yield=0.5)).made == 0
-    assert run(tmp_path, impatient(max_side=20)).made == SHARDS
+    assert run(tmp_path, impatient(image_size=20)).made == SHARDS
     assert {row["height"] for row in read_rows(tmp_path) if row["status"] == "success"} == {20}
 
 

@@ -480,7 +480,7 @@ def test_rows_are_sorted_and_told_with_all_their_facts(server, tmp_path):
     picture = jpeg(7, size=(900, 700))
     slow = server.add("/slow.jpg", after(0.2, page(picture)))
     urls = [slow, server.add("/quick.jpg", page(JPEG)), server.add("/no.jpg", page(b"", status=404))]
-    rows = fetch_here(tmp_path, urls, impatient(max_side=350))
+    rows = fetch_here(tmp_path, urls, impatient(image_size=350))
     assert [row["key"] for row in rows] == sorted(row["key"] for row in rows)
     first = rows[0]
     assert (first["status"], first["reason"], first["error_message"], first["list_id"]) == ("success", None, None, "0")
