@@ -36,6 +36,8 @@ EXPECTED = {
     "tracking pixel": {("fetch", "too_small")},
     "png bomb": {("fetch", "too_many_pixels")},
     "asked to opt out": {("fetch", "opt_out")},
+    "data mining reserved": {("fetch", "opt_out")},
+    "disallowed by robots.txt": {("fetch", "robots_disallow")},
     "redirect to a forbidden port": {("fetch", "blocked_address")},
     "same file elsewhere": {("select", "dedup")},
     "re-encoded copy": {("select", "dedup")},
@@ -151,6 +153,8 @@ def _hostile() -> Iterator[Row]:
         "pixel": ("tracking pixel", 30),
         "bomb": ("png bomb", 5),
         "optout": ("asked to opt out", 20),
+        "tdm": ("data mining reserved", 10),
+        "private": ("disallowed by robots.txt", 10),
         "internal": ("redirect to a forbidden port", 10),
     }
     words = cycle(DIGIT_WORDS)

@@ -44,8 +44,8 @@ def main() -> None:
         f"reports: {RUN}/digits/report.html (the dataset), {RUN}/adapted/report.html (the adapted CLIP)\n"
         f"{time.monotonic() - started:.0f} s, {sum(hits.values()):,} requests"
     )
-    if wrong or hits["forbidden"]:
-        sys.exit(f"demo: not under its own reason: {', '.join(wrong) or 'a request to the forbidden port'}")
+    if wrong or hits["forbidden"] or hits["private"]:
+        sys.exit(f"demo: not under its own reason: {', '.join(wrong) or 'a request to the forbidden port or path'}")
 
 
 def _road(web: Web) -> None:

@@ -78,6 +78,7 @@ class _Server:
         port, self.forbidden_port, _ = ports
         forbidden = await asyncio.start_server(self._forbidden, HOSTS[0], self.forbidden_port)
         app = web.Application()
+        app.router.add_get("/robots.txt", self._robots)
         app.router.add_get("/{folder}/{file}", self._answer)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
@@ -104,6 +105,10 @@ class _Server:
             return web.Response(status=503, headers={"Retry-After": "1"})
         body = self.bodies.get(request.path)
         return web.Response(body=body, content_type=_type(request.path)) if body else web.Response(status=404)
+
+    async def _robots(self, _: web.Request) -> web.Response:
+        self.hits["robots.txt"] += 1
+        return web.Response(text="User-agent: *\nDisallow: /private/\n")
 
     async def _silent(self, _: web.Request) -> web.StreamResponse:
         await asyncio.sleep(3600)
@@ -141,6 +146,10 @@ class _Server:
     async def _optout(self, _: web.Request) -> web.StreamResponse:
         body = self.bodies["/digits/0.png"]
         return web.Response(body=body, content_type="image/png", headers={"X-Robots-Tag": "noai, noimageai"})
+
+    async def _tdm(self, _: web.Request) -> web.StreamResponse:
+        body = self.bodies["/digits/0.png"]
+        return web.Response(body=body, content_type="image/png", headers={"TDM-Reservation": "1"})
 
     async def _internal(self, _: web.Request) -> web.StreamResponse:
         raise web.HTTPFound(f"http://{HOSTS[0]}:{self.forbidden_port}/admin")

@@ -74,7 +74,7 @@ def test_the_web_misbehaves_as_the_list_says_and_the_fetch_tells_each(site: Site
         if fates[number] not in EXPECTED.get(row.kind, {("fetched", "")})
     ]
     assert wrong == []
-    assert hits["forbidden"] == 0
+    assert hits["forbidden"] == hits["private"] == 0
     assert hits["internal"] > 0
 
 
