@@ -75,8 +75,8 @@ class FetchConfig:
     retries: int = 3
     """Further tries, at the end of the shard, after an error that may pass: 429, 5xx, a connection or timeout error."""
     backoff_s: float = 1.0
-    """Least wait before the first retry; doubled each time, with full jitter; a Retry-After header rules when it is
-    there."""
+    """Longest wait before the first retry, which is drawn (full jitter); doubled each time; a Retry-After header rules
+    when it is there."""
     max_retry_after_s: float = 60.0
     """A Retry-After longer than this is not waited for: the row is dropped as http_status."""
     max_redirects: int = 5

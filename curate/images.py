@@ -193,6 +193,15 @@ def decode(content: bytes, *, max_pixels: int, min_side: int = 1, short_side: in
         raise Rejected(_why(content, header, error), f"{header.format}: {type(error).__name__}") from error
 
 
+def decode_cost(content: bytes) -> int:
+    """About how many bytes of memory `decode` will take for these, from the header alone; 0 if it will refuse them."""
+    try:
+        header = probe(content)
+    except Rejected:
+        return 0
+    return header.width * header.height * (3 if header.format == "jpeg" else 7)
+
+
 def _check_size(width: int, height: int, max_pixels: int, min_side: int = 1) -> None:
     if width * height > max_pixels:
         raise Rejected(Reason.TOO_MANY_PIXELS, f"{width}x{height}")

@@ -1,36 +1,49 @@
 """Candidates → raw shards: `run` fetches every plan file whose raw shard is not already what it would be today.
 
-    rows      the columns of a raw shard, and what each row says
-    manners   opt-outs, Retry-After, back-off
-    guard     which addresses a request may go to
-    transfer  one URL → one body
-    engine    one plan file → one raw shard
+    engine     one process: plan files → raw shards
+    frontier   which request may go next
+    hosts      the turn of a host, over all processes
+    robots     robots.txt, read once an origin by all processes
+    transfer   one request → one body
+    guard      which addresses a request may go to
+    manners    opt-outs, Retry-After, back-off
+    outage     is the network gone?
+    decoding   bodies → pictures, in threads
+    local      images that are here already
+    reuse      what of an old raw shard still holds
+    rows       the columns of a raw shard, and what each row says
 
 Nothing heavy is imported before `run` is called.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curate.config import FetchConfig
 from curate.errors import InputError
 from curate.fetch.rows import RAW_COLUMNS, SUCCESS
-from curate.shards import digest, fingerprint, made_from, sweep
+from curate.shards import digest, fingerprint, made_from, sweep, write_text
 
 if TYPE_CHECKING:
+    from curate.executor import Work
     from curate.fetch.engine import ShardTask
 
 __all__ = ["RAW_COLUMNS", "SUCCESS", "FetchResult", "run"]
 
+logger = logging.getLogger("cliptailor")
+
 # Raise it when the same responses would be stored otherwise than before.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Keys of FetchConfig that decide how fast and how patiently, not what is stored.
 MANNER_OF_FETCHING = frozenset(
     {
@@ -53,13 +66,19 @@ MANNER_OF_FETCHING = frozenset(
 )
 
 
+STATE = ".fetch"
+SETTINGS = "settings.json"
+# Appended to the fingerprint of a shard with rows that a worker took along when it died: the next run asks for them.
+DIED = "-died"
+
+
 @dataclass(frozen=True, slots=True)
 class FetchResult:
     """What the raw shards hold after a run.
 
     Attributes:
         counts: rows by reason, and `success`, over all shards.
-        made: shards fetched by this run.
+        made: shards made by this run.
         reused: shards that were right already.
     """
 
@@ -78,45 +97,86 @@ class FetchResult:
         return self.counts.get(SUCCESS, 0)
 
 
-def run(out: Path, config: FetchConfig) -> FetchResult:
+def run(out: Path, config: FetchConfig, *, retry_failed: bool = False) -> FetchResult:
     """Make `out/raw` what `out/plan` and the configuration ask for; call it while holding the folder's lock.
 
-    A shard whose workers died in each try is written with all its rows failed as `worker_died`, under a fingerprint
-    that the next run does not take for its own: it tries again.
+    What an old shard has of a plan file's rows, fetched under the same settings, is kept; the rest is asked for. A
+    shard whose workers died in each try is written with the missing rows failed as `worker_died`, and under a
+    fingerprint that the next run does not take for its own: it asks for those again.
+
+    Args:
+        out: the dataset's folder.
+        config: how.
+        retry_failed: ask again for rows that failed for a reason that may pass.
 
     Raises:
         InputError: `out` has no plan.
+        Outage: nothing could be reached for too long; shards at work were not written.
     """
     plan, raw = out / "plan", out / "raw"
     if not plan.is_dir():
         raise InputError(f"{plan}: no such folder; run `curate plan` first, or `curate build`, which does")
     raw.mkdir(parents=True, exist_ok=True)
-    sweep(raw)
-    tasks = _tasks(plan, raw, config)
+    _tidy(raw)
+    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in MANNER_OF_FETCHING}
+    tasks = list(_tasks(plan, raw, config, fingerprint("fetch", FORMAT_VERSION, settings), retry_failed))
     _remove_strays(raw, {task.stem.name for task in tasks})
     todo = [task for task in tasks if not _is_made(task)]
+    _tell_changes(raw / SETTINGS, settings, [task for task in todo if task.known is None])
     if todo:
         try:
-            _fetch(todo, config.processes or _cores())
+            _fetch(todo, out / STATE, config)
         finally:
-            sweep(raw)  # what killed workers left
+            _tidy(raw)  # what killed workers left
     return FetchResult(_count([task.stem for task in tasks]), made=len(todo), reused=len(tasks) - len(todo))
 
 
-def _tasks(plan: Path, raw: Path, config: FetchConfig) -> list[ShardTask]:
+def _tidy(raw: Path) -> None:
+    sweep(raw)
+    for journal in raw.glob(".*.decoding"):
+        journal.unlink()
+
+
+def _tasks(plan: Path, raw: Path, config: FetchConfig, settings: str, retry: bool) -> Iterator[ShardTask]:
     from curate.fetch.engine import ShardTask
 
-    stored = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in MANNER_OF_FETCHING}
-    return [
-        ShardTask(path, raw / path.stem, fingerprint("fetch", FORMAT_VERSION, digest(path), stored), config)
-        for path in sorted(plan.glob("*.parquet"))
-        if path.stem.isdigit()
-    ]
+    for path in sorted(plan.glob("*.parquet")):
+        if path.stem.isdigit():
+            stem = raw / path.stem
+            there = stem.with_suffix(".tar").exists() and (made_from(stem.with_suffix(".parquet")) or "")
+            known = stem if there and there.startswith(f"{settings}-") else None
+            yield ShardTask(path, stem, f"{settings}-{digest(path)}", config, known, retry)
 
 
 def _is_made(task: ShardTask) -> bool:
-    there = task.stem.with_suffix(".tar").exists()
-    return there and made_from(task.stem.with_suffix(".parquet")) == task.made_from
+    if task.known is None or made_from(task.stem.with_suffix(".parquet")) != task.made_from:
+        return False
+    return not (task.retry and _has_passing(task.stem))
+
+
+def _has_passing(stem: Path) -> bool:
+    import pyarrow.parquet as pq
+
+    from curate.fetch.reuse import may_pass
+
+    ends = pq.read_table(stem.with_suffix(".parquet"), columns=["reason", "http_status"])
+    unique = ends.group_by(ends.column_names).aggregate([]).to_pylist()
+    return any(may_pass(end["reason"], end["http_status"]) for end in unique)
+
+
+def _tell_changes(path: Path, settings: Mapping[str, Any], again: list[ShardTask]) -> None:
+    """Say which settings changed since the shards that are made again were made; remember those of today."""
+    before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    again = [task for task in again if task.stem.with_suffix(".parquet").exists()]
+    changed = [
+        f"fetch.{name} was {json.dumps(before[name])}, is {json.dumps(value)}"
+        for name, value in settings.items()
+        if name in before and before[name] != value
+    ]
+    if again and changed:
+        logger.info("fetch   %d shards are fetched again: %s", len(again), "; ".join(changed))
+    if before != settings:
+        write_text(path, json.dumps(settings, indent=2) + "\n")
 
 
 def _remove_strays(raw: Path, names: set[str]) -> None:
@@ -133,28 +193,37 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _fetch(todo: list[ShardTask], processes: int) -> None:
-    import pyarrow.parquet as pq
-
+def _fetch(todo: list[ShardTask], state: Path, config: FetchConfig) -> None:
     from curate.executor import run_over
-    from curate.fetch.engine import fetch_shard, write_dead_shard
-    from curate.progress import progress
+    from curate.fetch import hosts
+    from curate.fetch.engine import write_dead_shard
+    from curate.fetch.tell import Teller
 
-    shown: dict[Path, Counter[str]] = {task.stem: Counter() for task in todo}
-    with progress("fetch", sum(pq.read_metadata(task.plan).num_rows for task in todo)) as advance:
-
-        def show(task: ShardTask, counts: Mapping[str, int]) -> None:
-            # A shard that is tried again begins at 0: only what is beyond the first try's count is news.
-            news = Counter(counts) - shown[task.stem]
-            shown[task.stem] |= Counter(counts)
-            advance(news.total(), **news)
-
-        workers = run_over(fetch_shard, todo, processes=min(processes, len(todo)), on_report=show)
+    processes = min(config.processes or _cores(), len(todo))
+    hosts.create(state / "hosts", processes)
+    with Teller(todo) as teller:
+        workers = run_over(
+            _work(config, state),
+            todo,
+            processes=processes,
+            on_report=teller.report,
+            on_death=partial(hosts.forget_worker, state / "hosts"),
+        )
         with closing(workers) as outcomes:
             for outcome in outcomes:
                 if outcome.died:
-                    made_without = fingerprint(outcome.item.made_from, "worker_died")
-                    show(outcome.item, write_dead_shard(outcome.item, made_without))
+                    counts = write_dead_shard(outcome.item, outcome.item.made_from + DIED)
+                    teller.report(outcome.item, {"counts": counts, "bytes": 0, "throttled": [], "paused": 0.0})
+
+
+def _work(config: FetchConfig, state: Path) -> Work:
+    if config.engine == "img2dataset":
+        from curate.fetch import img2dataset
+
+        return partial(img2dataset.open_worker, state=state, config=config)
+    from curate.fetch import engine
+
+    return partial(engine.open_worker, state=state, config=config)
 
 
 def _count(stems: list[Path]) -> dict[str, int]:

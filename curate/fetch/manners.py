@@ -4,41 +4,54 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 
+from curate.config import AGENT
+
 # Not to be used for AI, or not to be indexed; `none` is noindex and nofollow together.
-OPT_OUTS = frozenset({"noai", "noimageai", "noml", "noindex", "noimageindex", "none"})
+DIRECTIVES = frozenset({"noai", "noimageai", "noml", "noindex", "noimageindex", "none"})
+TDM_RESERVATION = "tdm-reservation"
 # Directives with a colon of their own, which is not the end of an agent's name.
 WITH_VALUE = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
 _SCOPE = re.compile(r"\s*([\w.*-]+)\s*:\s*(.*)", re.DOTALL)
 
 # 425 Too Early, 522 and 524 are a CDN's words for an origin that did not answer.
 MAY_PASS = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 522, 523, 524})
+# Asked for too much, or too busy: the host itself wants fewer requests.
+SLOW_DOWN = frozenset({429, 503})
 
 
-def opt_out(headers: Iterable[str], user_agent: str) -> str | None:
-    """The first directive in `X-Robots-Tag` headers that asks us to leave an image alone; None if there is none.
+def opt_out(robots_tags: Iterable[str], tdm_reservation: str | None, ignored: Collection[str] = ()) -> str | None:
+    """The first thing in an answer's headers that asks us to leave an image alone; None if there is none.
 
-    A directive after an agent's name (`googlebot: noindex, noai`) is for that agent until the next name or the end
-    of the header; it binds us only if the name is ours.
+    The headers of the answer with the image count, not those of a redirect on the way to it.
 
     Args:
-        headers: the values of all X-Robots-Tag headers of a response.
-        user_agent: our User-Agent; its first word up to a slash is our name.
+        robots_tags: the values of all `X-Robots-Tag` headers. A directive after an agent's name (`googlebot: noindex,
+            noai`) is for that agent until the next name or the end of the header; it binds us only if the name is ours.
+        tdm_reservation: the `TDM-Reservation` header (W3C TDMRep): 1 keeps text and data mining to the owner.
+        ignored: names of opt-outs not to be heeded.
     """
-    ours = {"*", re.split(r"[/\s]", user_agent.strip(), maxsplit=1)[0].lower()}
-    for header in headers:
-        for_us = True
-        for part in header.split(","):
-            scope = _SCOPE.fullmatch(part)
-            if scope and scope[1].lower() not in WITH_VALUE:
-                for_us, part = scope[1].lower() in ours, scope[2]  # noqa: PLW2901 - the part without its scope
-            directive = part.strip().lower()
-            if for_us and directive in OPT_OUTS:
+    for header in robots_tags:
+        for directive in _directives(header):
+            if directive in DIRECTIVES and directive not in ignored:
                 return directive
-    return None
+    reserved = tdm_reservation is not None and tdm_reservation.strip() == "1"
+    return TDM_RESERVATION if reserved and TDM_RESERVATION not in ignored else None
+
+
+def _directives(header: str) -> Iterable[str]:
+    """The directives of one X-Robots-Tag header that are for every agent or for us."""
+    for_us = True
+    for part in header.split(","):
+        scope = _SCOPE.fullmatch(part)
+        text = part
+        if scope and scope[1].lower() not in WITH_VALUE:
+            for_us, text = scope[1].lower() in ("*", AGENT), scope[2]
+        if for_us:
+            yield text.strip().lower()
 
 
 def retry_after_s(header: str | None, now: datetime) -> float | None:
@@ -61,9 +74,9 @@ def retry_after_s(header: str | None, now: datetime) -> float | None:
 
 
 def backoff_after(attempt: int, first_s: float, key: str) -> float:
-    """Seconds to wait after try number `attempt` (from 0): `first_s` doubled each time, times 0.5 to 1.5.
+    """Seconds to wait after try number `attempt` (from 0): anything up to `first_s` doubled each time (full jitter).
 
     The jitter comes from the key, so that rows spread out and yet a run can be repeated.
     """
     draw = int.from_bytes(hashlib.sha256(f"{key} {attempt}".encode()).digest()[:4], "big") / 2**32
-    return first_s * 2.0**attempt * (0.5 + draw)
+    return first_s * 2.0**attempt * draw

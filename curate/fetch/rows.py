@@ -79,7 +79,7 @@ def rejected(reason: Reason, value: str, http_status: int | None = None) -> dict
     }
 
 
-def picture(content: bytes, http_status: int, config: FetchConfig) -> Picture:
+def picture(content: bytes, http_status: int | None, config: FetchConfig) -> Picture:
     """Check, decode, scale, encode and measure a body. Runs in threads: the codecs release the GIL."""
     from curate.images import Rejected, decode, pixel_signals, store
 

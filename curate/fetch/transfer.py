@@ -1,39 +1,37 @@
-"""One URL to one body: requests, redirects, limits, retries; every way it can fail has a `Reason`.
+"""One hop: one request, to the body of its answer or to the URL it redirects to; each way to fail has a `Reason`.
 
-A *try* is a chain of hops, one request each. A hop waits for its host's turn first and for a connection second, and
-gives both back before the next hop, so that no slow host takes all connections and no two hosts that redirect to each
-other lock up. The body is used up (decoded, stored) while the connection is held: at most `connections` bodies exist
-at once. Of bodies above LARGE_BYTES only LARGE_AT_ONCE grow at once, which bounds the memory by connections × 1 MiB +
-16 × max_bytes.
+Small bodies are free; a larger one is read on only when there is memory for all that it may become, out of a budget
+that all bodies share. So many servers at once can send what they like: what is held is bounded by connections × 256 KiB
+and the budget.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-import time
+import sys
 import zlib
-from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
 from yarl import URL
 
 from curate.config import FetchConfig
+from curate.fetch.budget import Budget
 from curate.fetch.guard import BlockedAddress, Guard, GuardedResolver
-from curate.fetch.manners import MAY_PASS, backoff_after, opt_out, retry_after_s
+from curate.fetch.manners import MAY_PASS, opt_out, retry_after_s
 from curate.images import SNIFF_BYTES, Rejected, sniff
 from curate.ledger import Reason
 
 T = TypeVar("T")
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
-LARGE_BYTES = 1 << 20
-LARGE_AT_ONCE = 16
+SMALL_BYTES = 256 << 10
+BODIES_BYTES = 48 << 20
 ACCEPT = "image/jpeg, image/png, image/webp, image/gif, image/*;q=0.5, */*;q=0.1"
 # Wanted here because redirects to signed storage are long; aiohttp's own limit is 8190.
 MAX_HEADER_BYTES = 16_384
@@ -41,10 +39,20 @@ MAX_HEADER_BYTES = 16_384
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What a server gave: the bytes, content encoding undone."""
+    """What a server or a file gave: the bytes, content encoding undone."""
 
     content: bytes
+    http_status: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page of text: status, content, where it redirects to, and what its Retry-After asks for in seconds."""
+
     http_status: int
+    content: bytes
+    redirect: URL | None = None
+    retry_after_s: float | None = None
 
 
 class TransferError(Rejected):
@@ -55,6 +63,7 @@ class TransferError(Rejected):
         http_status: of the last response, if there was one.
         may_pass: whether another try can help.
         retry_after_s: what the server asked to wait, in seconds.
+        is_network: whether no server was reached at all, which may be the network's fault and not the URL's.
     """
 
     def __init__(
@@ -65,8 +74,10 @@ class TransferError(Rejected):
         http_status: int | None = None,
         may_pass: bool = False,
         retry_after_s: float | None = None,
+        is_network: bool = False,
     ) -> None:
         super().__init__(reason, value)
+        self.is_network = is_network
         self.http_status = http_status
         self.may_pass = may_pass
         self.retry_after_s = retry_after_s
@@ -80,6 +91,8 @@ def open_session(config: FetchConfig, resolver: AbstractResolver | None = None) 
         resolver: what looks names up; the system's by default.
     """
     guard = Guard.allowing(config.allow_addresses)
+    # The total is the Deadline's, so that what is spent waiting for memory can be taken out of it.
+    timeout = aiohttp.ClientTimeout(total=None, connect=config.connect_timeout_s, sock_read=config.read_timeout_s)
     connector = aiohttp.TCPConnector(
         limit=0,  # the Fetcher counts
         ttl_dns_cache=300,
@@ -92,112 +105,158 @@ def open_session(config: FetchConfig, resolver: AbstractResolver | None = None) 
         # Decompression is ours, with a limit; and a proxy would connect where the guard does not see it.
         auto_decompress=False,
         trust_env=False,
+        timeout=timeout,
         max_line_size=MAX_HEADER_BYTES,
         max_field_size=MAX_HEADER_BYTES,
         headers={"User-Agent": config.user_agent, "Accept": ACCEPT, "Accept-Encoding": "identity"},
     )
 
 
-class Fetcher:
-    """Gets bodies within the limits of a `FetchConfig`; one for all requests of a process at a time."""
+class Transfer:
+    """One request at a time of many: what a URL answers, within the limits of a `FetchConfig`.
+
+    Whose turn it is, robots.txt, redirects and retries are not decided here.
+    """
 
     def __init__(self, session: aiohttp.ClientSession, config: FetchConfig) -> None:
         self.session, self.config = session, config
-        self._connections = asyncio.Semaphore(config.connections)
-        self._large = asyncio.Semaphore(LARGE_AT_ONCE)
-        self._hosts: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(config.per_host))
+        self._bodies = Budget(BODIES_BYTES)
 
-    async def fetch(self, url: str, key: str, use: Callable[[Body], Awaitable[T]]) -> T:
-        """What `use` makes of the body of a URL; the body counts against the limits until `use` is done.
+    async def hop(self, target: URL, left_s: float, use: Callable[[Body], Awaitable[T]]) -> T | URL:
+        """What `use` makes of the body, or the URL that the answer redirects to.
 
         Args:
-            url: as it stands in the list; spaces and non-ASCII letters are quoted.
-            key: the row's, for the jitter.
-            use: called once, with the body of the try that succeeded.
+            target: as `parse_target` gives it.
+            left_s: seconds for the answer, body included; a wait for memory to hold the body does not count.
+            use: its work on the body is not timed; the body counts against the memory until it is done.
 
         Raises:
-            TransferError: no body, after all tries.
+            TransferError: neither came.
         """
-        attempt = 0
-        while True:
+        status = None
+        async with AsyncExitStack() as held:
             try:
-                return await self._try(parse_target(url), use)
-            except TransferError as error:
-                wait_s = backoff_after(attempt, self.config.backoff_s, key)
-                if error.retry_after_s is not None:
-                    wait_s = error.retry_after_s
-                too_long = wait_s > self.config.max_retry_after_s and error.retry_after_s is not None
-                if not error.may_pass or too_long or attempt == self.config.retries:
-                    raise
-            attempt += 1
-            await asyncio.sleep(wait_s)
+                async with Deadline(left_s) as deadline, self._get(target) as response:
+                    status = response.status
+                    if status in REDIRECTS:
+                        return redirect_target(response)
+                    self._check_head(response)
+                    body = Body(await self._read(response, held, deadline), status)
+            except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
+                raise failure(error, status) from error
+            return await use(body)
 
-    async def _try(self, target: URL, use: Callable[[Body], Awaitable[T]]) -> T:
-        left_s = self.config.total_timeout_s
-        for _ in range(self.config.max_redirects + 1):
-            async with self._hosts[target.raw_host or ""], self._connections, AsyncExitStack() as held:
-                started = time.monotonic()
-                answer = await self._request(target, left_s, held)
-                if isinstance(answer, Body):
-                    return await use(answer)
-            left_s -= time.monotonic() - started
-            target = answer
-        raise TransferError(Reason.TOO_MANY_REDIRECTS, str(self.config.max_redirects))
+    async def page(self, target: URL, left_s: float, limit: int) -> Page:
+        """The status, and the first `limit` bytes, of a page of text: robots.txt.
 
-    async def _request(self, url: URL, left_s: float, held: AsyncExitStack) -> Body | URL:
-        """The body, or where it is said to be. For a large body, leave to hold it is taken into `held`."""
-        timeout = aiohttp.ClientTimeout(
-            total=max(left_s, 0.001),  # 0 would mean no limit
-            connect=self.config.connect_timeout_s,
-            sock_read=self.config.read_timeout_s,
-        )
+        Raises:
+            TransferError: no answer, or a body that cannot be read.
+        """
         status = None
         try:
-            async with self.session.get(url, timeout=timeout, allow_redirects=False) as response:
+            async with Deadline(left_s), self._get(target) as response:
                 status = response.status
                 if status in REDIRECTS:
-                    return redirect_target(response)
-                self._check_head(response)
-                return Body(await self._read(response, held), status)
+                    return Page(status, b"", redirect_target(response))
+                coding, content = ContentCoding(response.headers.get("Content-Encoding", "")), bytearray()
+                async for chunk in response.content.iter_any():
+                    content += coding.decode(chunk, room=limit - len(content))
+                    if len(content) >= limit:
+                        break
+                wait_s = retry_after_s(response.headers.get("Retry-After"), datetime.now(timezone.utc))
+                return Page(status, bytes(content[:limit]), None, wait_s)
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
             raise failure(error, status) from error
 
+    def _get(self, target: URL) -> Any:
+        return self.session.get(target, allow_redirects=False)
+
     def _check_head(self, response: aiohttp.ClientResponse) -> None:
+        headers = response.headers
         if response.status != 200:
             raise TransferError(
                 Reason.HTTP_STATUS,
                 str(response.status),
                 http_status=response.status,
                 may_pass=response.status in MAY_PASS,
-                retry_after_s=retry_after_s(response.headers.get("Retry-After"), datetime.now(timezone.utc)),
+                retry_after_s=retry_after_s(headers.get("Retry-After"), datetime.now(timezone.utc)),
             )
-        directive = opt_out(response.headers.getall("X-Robots-Tag", ()), self.config.user_agent)
-        if directive and directive not in self.config.ignore_opt_outs:
-            raise TransferError(Reason.OPT_OUT, directive, http_status=200)
+        tags = headers.getall("X-Robots-Tag", ())
+        said = opt_out(tags, headers.get("TDM-Reservation"), self.config.ignore_opt_outs)
+        if said:
+            raise TransferError(Reason.OPT_OUT, said, http_status=200)
         if (response.content_length or 0) > self.config.max_bytes:
             raise TransferError(Reason.TOO_LARGE, f"{response.content_length} bytes", http_status=200)
 
-    async def _read(self, response: aiohttp.ClientResponse, held: AsyncExitStack) -> bytes:
-        """The body, decoded; given up at once when it is too large or begins like no image."""
+    async def _read(self, response: aiohttp.ClientResponse, held: AsyncExitStack, deadline: Deadline) -> bytes:
+        """The body, decoded; given up at once when it is too large or begins like no image.
+
+        A body that is, or becomes, large waits until there is memory for all that it may be.
+        """
         coding = ContentCoding(response.headers.get("Content-Encoding", ""))
-        body, on_wire, sniffed, has_leave = bytearray(), 0, False, False
+        body, on_wire, sniffed, has_memory = bytearray(), 0, False, False
+        most = self.config.max_bytes
         async for chunk in response.content.iter_any():
             on_wire += len(chunk)
-            body += coding.decode(chunk, room=self.config.max_bytes - len(body))
-            if max(len(body), on_wire) > self.config.max_bytes:
-                raise TransferError(Reason.TOO_LARGE, f"over {self.config.max_bytes} bytes", http_status=200)
+            body += coding.decode(chunk, room=most - len(body))
+            if max(len(body), on_wire) > most:
+                raise TransferError(Reason.TOO_LARGE, f"over {most} bytes", http_status=200)
             if not sniffed and len(body) >= SNIFF_BYTES:
                 sniffed = True
                 if sniff(body) is None:
                     raise TransferError(Reason.NOT_AN_IMAGE, response.content_type, http_status=200)
-            if not has_leave and max(len(body), response.content_length or 0) > LARGE_BYTES:
-                await held.enter_async_context(self._large)
-                has_leave = True
+            if not has_memory and max(len(body), response.content_length or 0) > SMALL_BYTES:
+                known = response.content_length if coding.plain else None
+                await deadline.not_counting(held.enter_async_context(self._bodies.hold(known or most)))
+                has_memory = True
         if not coding.complete:
             raise TransferError(Reason.BROKEN_TRANSFER, "content encoding ends early", http_status=200, may_pass=True)
         if not body:
             raise TransferError(Reason.EMPTY_BODY, http_status=200)
         return bytes(body)
+
+
+class Deadline:
+    """An `async with` block that may take so many seconds, less what it spends in `not_counting`.
+
+    Raises:
+        asyncio.TimeoutError: it took longer.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.left_s = seconds
+        self._expired = False
+
+    async def __aenter__(self) -> Deadline:
+        self._task = asyncio.current_task()
+        self._start()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._timer.cancel()
+        if self._expired and isinstance(error, asyncio.CancelledError):
+            if sys.version_info >= (3, 11):
+                assert self._task
+                self._task.uncancel()
+            raise asyncio.TimeoutError from error
+
+    async def not_counting(self, wait: Awaitable[T]) -> T:
+        """Wait while the clock stands still."""
+        loop = asyncio.get_running_loop()
+        self.left_s = max(0.0, self._timer.when() - loop.time())
+        self._timer.cancel()
+        try:
+            return await wait
+        finally:
+            self._start()
+
+    def _start(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self.left_s, self._expire)
+
+    def _expire(self) -> None:
+        self._expired = True
+        if self._task:
+            self._task.cancel()
 
 
 class ContentCoding:
@@ -209,6 +268,11 @@ class ContentCoding:
             raise TransferError(Reason.BAD_RESPONSE, f"content-encoding {self.name}", http_status=200)
         self._inflate = None if self.name in ("", "identity") else zlib.decompressobj(wbits=47)  # 47: gzip or zlib
         self._started = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether the bytes on the wire are the body's own, so that Content-Length is its length."""
+        return self._inflate is None
 
     @property
     def complete(self) -> bool:
@@ -228,6 +292,24 @@ class ContentCoding:
             raise TransferError(
                 Reason.BAD_RESPONSE, f"content-encoding {self.name}: {error}", http_status=200
             ) from error
+
+
+async def reach(address: tuple[str, int], guard: Guard, timeout_s: float) -> None:
+    """Look a host up afresh and connect to it, as the guard allows; the connection is closed at once.
+
+    Raises:
+        OSError, asyncio.TimeoutError: it cannot be reached.
+    """
+    host, port = address
+
+    async def connect() -> None:
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        with guard.socket(found[0]) as opened:
+            opened.setblocking(False)
+            await loop.sock_connect(opened, found[0][4])
+
+    await asyncio.wait_for(connect(), timeout_s)
 
 
 def parse_target(text: str) -> URL:
@@ -269,13 +351,20 @@ def failure(error: Exception, status: int | None) -> TransferError:
         return TransferError(Reason.BLOCKED_ADDRESS, cause.address, http_status=status)
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         unknown = error.os_error.errno in (socket.EAI_NONAME, socket.EAI_NODATA)
-        return TransferError(Reason.DNS, "no such host" if unknown else _words(cause), may_pass=not unknown)
+        value = "no such host" if unknown else _words(cause)
+        return TransferError(Reason.DNS, value, may_pass=not unknown, is_network=True)
     if isinstance(error, aiohttp.ClientSSLError):
         return TransferError(Reason.TLS, _words(cause))
     if isinstance(error, asyncio.TimeoutError):
-        return TransferError(Reason.TIMEOUT, _phase(error), http_status=status, may_pass=True)
+        phase = _phase(error, status)
+        return TransferError(Reason.TIMEOUT, phase, http_status=status, may_pass=True, is_network=phase == "connect")
     if isinstance(error, aiohttp.ClientConnectorError):
-        return TransferError(Reason.CONNECT, _words(cause), may_pass=True)
+        return TransferError(Reason.CONNECT, _words(cause), may_pass=True, is_network=True)
+    return _broken(error, status)
+
+
+def _broken(error: Exception, status: int | None) -> TransferError:
+    """What an exception means that came after the connection."""
     if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ClientConnectionError | OSError):
         where = "before the answer" if status is None else "in the body"
         return TransferError(Reason.BROKEN_TRANSFER, where, http_status=status, may_pass=True)
@@ -289,7 +378,9 @@ def _words(error: Exception) -> str:
     return getattr(error, "strerror", None) or type(error).__name__
 
 
-def _phase(error: BaseException) -> str:
+def _phase(error: BaseException, status: int | None) -> str:
     if isinstance(error, aiohttp.ConnectionTimeoutError):
         return "connect"
-    return "read" if isinstance(error, aiohttp.SocketTimeoutError) else "total"
+    if isinstance(error, aiohttp.SocketTimeoutError):
+        return "first byte" if status is None else "stall"
+    return "total"

@@ -14,8 +14,7 @@ DEFINITIONS: dict[Reason, str] = {
     Reason.BLOCKED_SCHEME: "Not http or https; nothing else is ever opened.",
     Reason.BLOCKED_ADDRESS: "The host, or a redirect, leads to a private, local or otherwise non-public address.",
     Reason.TOO_MANY_REDIRECTS: "More redirects than fetch.max_redirects, or a circle of them.",
-    Reason.OPT_OUT: "The server asks that the image not be indexed or used for AI (X-Robots-Tag), or keeps data mining to itself "
-    "(TDM-Reservation).",
+    Reason.OPT_OUT: "The server asks that the image not be indexed or used for AI (X-Robots-Tag, TDM-Reservation).",
     Reason.ROBOTS_DISALLOW: "The site's robots.txt asks that this path not be fetched.",
     Reason.ROBOTS_UNREACHABLE: "The site's robots.txt could not be had, which means no until it can (RFC 9309).",
     Reason.THROTTLED: "The host's turn did not come within fetch.max_wait_s; --retry-failed asks again.",

@@ -1,5 +1,6 @@
 """What the tests of fetch share: small pictures, plan files, and a shard fetched in this process."""
 
+import asyncio
 import io
 import json
 
@@ -9,7 +10,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from curate.config import FetchConfig
-from curate.fetch.engine import ShardTask, fetch_shard
+from curate.fetch import hosts
+from curate.fetch.engine import ShardTask, open_worker
 from curate.shards import MemberReader, read_index, write_parquet
 
 
@@ -79,8 +81,20 @@ def images(out):
     return found
 
 
-def fetch_here(out, urls, config, report=lambda counts: None):
+def fetch_here(out, urls, config, report=lambda said: None):
     """Fetch one shard in this process; its rows, in the order of the URLs."""
     plan = write_plan(out, urls)
-    fetch_shard(ShardTask(plan, out / "raw" / plan.stem, "test", config), report)
+    make_here(out, [ShardTask(plan, out / "raw" / plan.stem, "test", config)], config, report)
     return read_rows(out)
+
+
+def make_here(out, tasks, config, report=lambda said: None):
+    """Make these shards in this process, at once."""
+    (out / "raw").mkdir(exist_ok=True)
+    hosts.create(out / "state" / "hosts", 1)
+
+    async def make():
+        async with open_worker(0, state=out / "state", config=config) as do:
+            await asyncio.gather(*(do(task, report) for task in tasks))
+
+    asyncio.run(make())

@@ -5,9 +5,9 @@ from email.utils import format_datetime
 
 import pytest
 
+from curate.config import OPT_OUTS
 from curate.fetch.manners import backoff_after, opt_out, retry_after_s
 
-AGENT = "cliptailor/0.1 (dataset builder; +https://example.org)"
 NOW = datetime(2026, 11, 23, 12, 0, 0, tzinfo=timezone.utc)
 
 
@@ -41,7 +41,23 @@ NOW = datetime(2026, 11, 23, 12, 0, 0, tzinfo=timezone.utc)
     ],
 )
 def test_opt_outs_bind_unless_they_are_for_another_agent(headers, directive):
-    assert opt_out(headers, AGENT) == directive
+    assert opt_out(headers, None) == directive
+
+
+@pytest.mark.parametrize(
+    ("header", "heeded"), [("1", True), (" 1 ", True), ("0", False), (None, False), ("yes", False)]
+)
+def test_a_reservation_of_data_mining_is_an_opt_out(header, heeded):
+    assert opt_out([], header) == ("tdm-reservation" if heeded else None)
+
+
+def test_each_opt_out_can_be_ignored_by_its_name():
+    for name in OPT_OUTS[1:-1]:
+        assert opt_out([name], None) == name
+        assert opt_out([name], None, [name]) is None
+    assert opt_out(["noai, noindex"], "1", ["noai"]) == "noindex"
+    assert opt_out(["noai"], "1", ["noai"]) == "tdm-reservation"
+    assert opt_out(["noai"], "1", ["noai", "tdm-reservation"]) is None
 
 
 @pytest.mark.parametrize(
@@ -62,11 +78,11 @@ def test_retry_after_is_seconds_or_a_date(header, seconds):
     assert retry_after_s(header, NOW) == seconds
 
 
-def test_backoff_doubles_within_its_jitter_and_comes_from_the_key():
+def test_backoff_is_drawn_up_to_a_doubling_limit_and_comes_from_the_key():
     waits = [[backoff_after(attempt, 1.0, f"key{number}") for attempt in range(4)] for number in range(200)]
     for attempt in range(4):
         column = [row[attempt] for row in waits]
-        assert min(column) >= 0.5 * 2**attempt
-        assert max(column) <= 1.5 * 2**attempt
+        assert 0 <= min(column) < 0.1 * 2**attempt
+        assert 0.9 * 2**attempt < max(column) <= 2**attempt
         assert len(set(column)) == 200
     assert waits[7] == [backoff_after(attempt, 1.0, "key7") for attempt in range(4)]

@@ -1,0 +1,65 @@
+"""Images that are here already: rows of a plan that have a place in a file instead of a URL. No request is made."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from curate.fetch.rows import Picture, rejected
+from curate.fetch.transfer import Body
+from curate.ledger import Reason
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Row = dict[str, Any]
+PLACE = ("source_file", "source_offset", "source_size")
+AT_ONCE = 8
+
+
+def is_local(schema: pa.Schema) -> bool:
+    """Whether a plan file's rows have places."""
+    return PLACE[0] in schema.names
+
+
+async def fetch(
+    rows: list[Row],
+    max_bytes: int,
+    write: Callable[[list[Row], Picture], None],
+    use: Callable[[Body, str], Awaitable[Picture]],
+) -> None:
+    """Read every row's image and write what became of it."""
+    slots = asyncio.Semaphore(AT_ONCE)
+
+    async def one(row: Row) -> None:
+        async with slots:
+            try:
+                content = await asyncio.to_thread(read, row, max_bytes)
+            except OSError as error:
+                write([row], Picture(rejected(Reason.UNREADABLE, f"{row['source_file']}: {error.strerror or error}")))
+                return
+            result = await use(Body(content, None), row["key"]) if content is not None else None
+            write([row], result or Picture(rejected(Reason.TOO_LARGE, f"over {max_bytes} bytes")))
+
+    await asyncio.gather(*map(one, rows))
+
+
+def read(row: Row, max_bytes: int) -> bytes | None:
+    """The bytes at a row's place; None if they are more than `max_bytes`.
+
+    Raises:
+        OSError: the file is gone, or shorter than it was.
+    """
+    path, offset, size = Path(row["source_file"]), row["source_offset"], row["source_size"]
+    with path.open("rb") as file:
+        if offset is not None:
+            file.seek(offset)
+        wanted = min(size, max_bytes + 1) if size is not None else max_bytes + 1
+        content = file.read(wanted)
+    if len(content) > max_bytes:
+        return None
+    if size is not None and len(content) < size:
+        raise OSError(f"ends at {offset + len(content):,}, not at {offset + size:,}")
+    return content

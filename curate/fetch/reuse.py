@@ -1,0 +1,93 @@
+"""What of an old raw shard still holds, so that a changed list or a second try asks for no more than it must.
+
+A row of the plan that was fetched before under the same settings keeps what it got: the facts, and the bytes in the old
+tar. Its own columns come from the new plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from curate.errors import InputError
+from curate.fetch.manners import MAY_PASS
+from curate.fetch.rows import RAW_COLUMNS, Picture
+from curate.ledger import Reason
+from curate.shards import MemberReader
+
+if TYPE_CHECKING:
+    from curate.fetch.engine import ShardTask
+
+Row = dict[str, Any]
+PASSING = frozenset(
+    reason.value
+    for reason in (
+        Reason.DNS,
+        Reason.CONNECT,
+        Reason.TIMEOUT,
+        Reason.BROKEN_TRANSFER,
+        Reason.THROTTLED,
+        Reason.ROBOTS_UNREACHABLE,
+        Reason.UNREADABLE,
+    )
+)
+
+
+def may_pass(reason: str | None, http_status: int | None) -> bool:
+    """Whether a row failed for a reason that another day may be over."""
+    return reason in PASSING or (reason == Reason.HTTP_STATUS.value and http_status in MAY_PASS)
+
+
+def is_asked_again(reason: str | None, http_status: int | None, *, retry: bool) -> bool:
+    """Whether a row of an old shard is not kept: always where our own process died, and else if wished."""
+    return reason == Reason.WORKER_DIED.value or (retry and may_pass(reason, http_status))
+
+
+def keep(task: ShardTask, rows: list[Row], write: Callable[[Row, Picture], None]) -> list[Row]:
+    """Write the rows that an old shard has the result of; give back those that it has not."""
+    if task.known is None:
+        return rows
+    old = _results(task.known, task.retry)
+    if not old:
+        return rows
+    reader, left = MemberReader([task.known.with_suffix(".tar")]), []
+    try:
+        for row in rows:
+            result = old.get(row["key"])
+            kept = _picture(result, reader) if result is not None and result["url"] == row["url"] else None
+            if kept is None:
+                left.append(row)
+            else:
+                write(row, kept)
+    finally:
+        reader.close()
+    return left
+
+
+def _results(stem: Path, retry: bool) -> dict[str, Row]:
+    """The results of an old shard by key; none if it cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = ["key", "url", *RAW_COLUMNS, "image_ext", "image_offset", "image_size"]
+    try:
+        table = pq.read_table(stem.with_suffix(".parquet"), columns=columns, page_checksum_verification=True)
+    except (OSError, pa.ArrowException):
+        return {}
+    return {
+        row["key"]: row
+        for row in table.to_pylist()
+        if not is_asked_again(row["reason"], row["http_status"], retry=retry)
+    }
+
+
+def _picture(result: Row, reader: MemberReader) -> Picture | None:
+    facts = {name: result[name] for name in RAW_COLUMNS}
+    if result["image_offset"] is None:
+        return Picture(facts)
+    try:
+        content = reader.read(0, result["image_offset"], result["image_size"])
+    except (OSError, InputError):
+        return None
+    return Picture(facts, content, result["image_ext"])
