@@ -38,18 +38,27 @@ _PLAIN_TYPES = frozenset(
 _NESTED = ("STRUCT", "MAP", "UNION")
 # DuckDB guesses these from text in JSON and spells them its own way: "2020-1-5" would become "2020-01-05".
 _GUESSED_FROM_TEXT = frozenset(("DATE", "TIME", "TIMESTAMP", "TIMESTAMP WITH TIME ZONE", "UUID"))
-_LARGEST_TEXT_BYTES = 64 << 20
+PACKED = (".gz", ".zst")
+_LARGEST_TEXT_BYTES = 8 << 20
 # To unite columns by name DuckDB holds all files open, and a process may hold 1,024. So many parts are of one make.
 _MOST_UNITED = 400
 
 
 @dataclass(frozen=True, slots=True)
 class ListFiles:
-    """The files of a list, sorted by path, all of one kind."""
+    """The files of a list, sorted by path, all of one kind.
+
+    Attributes:
+        name: what the user called it.
+        kind: of KINDS.
+        paths: of the files here.
+        has_urls: whether it is of the web; else its rows have places in files (`curate.sources`).
+    """
 
     name: str
     kind: str
     paths: tuple[Path, ...]
+    has_urls: bool = True
 
 
 @dataclass(frozen=True, slots=True)

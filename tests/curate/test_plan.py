@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from curate import plan
-from curate.config import PlanConfig
+from curate.config import ColumnsConfig, PlanConfig
 from curate.errors import ConfigError, InputError
 from curate.filters import parse_steps
 
@@ -23,7 +23,8 @@ ROWS = [
 
 
 def run(urls, out, filters=(), **config):
-    return plan.run(str(urls), out, PlanConfig(**config), parse_steps(filters))
+    columns = ColumnsConfig(url=config.pop("url_column", None), caption=config.pop("caption_column", None))
+    return plan.run(str(urls), out, PlanConfig(columns=columns, **config), parse_steps(filters))
 
 
 def candidates(out):
@@ -270,7 +271,10 @@ def test_an_unchanged_plan_is_left_alone_and_a_changed_one_is_made_again(tmp_pat
     (out / "plan" / "00001.parquet").unlink()
     assert run(tmp_path / "moved.parquet", out, shard_size=5).made
     fewer = run(tmp_path / "moved.parquet", out, [{"name": "few", "where": "row < 8"}], shard_size=5)
-    assert (fewer.candidates, len(list((out / "plan").glob("[0-9]*.parquet")))) == (8, 2)
+    # What is planned stays, for `select` to drop: it may be fetched already. A new folder has the eight alone.
+    assert (fewer.candidates, fewer.new, fewer.gone) == (20, 0, 0)
+    fresh = run(tmp_path / "moved.parquet", tmp_path / "new", [{"name": "few", "where": "row < 8"}], shard_size=5)
+    assert (fresh.candidates, len(list((tmp_path / "new" / "plan").glob("[0-9]*.parquet")))) == (8, 2)
 
 
 def test_the_same_list_gives_the_same_bytes(tmp_path):
@@ -299,7 +303,7 @@ def test_a_filter_that_cannot_work_is_told_before_any_request(tmp_path):
     [
         ("l.parquet", b"PAR1 this is none", "cannot be read as parquet"),
         ("l.csv", b"a,b\n1,2\n", r"none of its columns \(a, b\) is named url"),
-        ("l.csv", b"url,x\nhttp://a.test,2\n", r"named caption.*plan.caption_column"),
+        ("l.csv", b"url,x\nhttp://a.test,2\n", r"named caption.*plan.columns.caption"),
         ("l.csv", b"url,caption\nhttp://a.test/\xff\xfe,x\n", "cannot be read as csv"),
         ("l.jsonl", b'{"url": "http://a.test"\n', "cannot be read as json"),
         ("l.json", b"[1, 2]", "expected JSON objects"),
@@ -322,5 +326,5 @@ def test_a_list_that_is_not_there_or_mixed_is_told(tmp_path):
     write(tmp_path / "l.parquet")
     with pytest.raises(InputError, match="csv, parquet files; expected files of one form"):
         run(tmp_path, tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"plan.url_column: .* no column 'urll'\. Did you mean 'url'\?"):
+    with pytest.raises(ConfigError, match=r"plan.columns.url: .* no column 'urll'\. Did you mean 'url'\?"):
         run(tmp_path / "l.csv", tmp_path / "out", url_column="urll")
