@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,24 +76,37 @@ class Buckets:
 
 
 def _sorted_into_buckets(batches: pa.RecordBatchReader) -> Iterator[tuple[int, pa.Table]]:
+    """The rows of each bucket in turn; sorted in a thread while the next rows are read."""
+    ahead: deque[Future[list[tuple[int, pa.Table]]]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="deal") as thread:
+        for table in _larger(batches):
+            ahead.append(thread.submit(_by_bucket, table))
+            if len(ahead) > 1:
+                yield from ahead.popleft().result()
+        for sorted_rows in ahead:
+            yield from sorted_rows.result()
+
+
+def _larger(batches: pa.RecordBatchReader) -> Iterator[pa.Table]:
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     waiting: list[pa.RecordBatch] = []
-
-    def dealt() -> Iterator[tuple[int, pa.Table]]:
-        table = pa.Table.from_batches(waiting, batches.schema)
-        waiting.clear()
-        table = table.take(pc.array_sort_indices(table["bucket_"].combine_chunks()))
-        counts = sorted((c["values"], c["counts"]) for c in pc.value_counts(table["bucket_"]).to_pylist())
-        table, start = table.drop_columns(["bucket_"]), 0
-        for bucket, count in counts:
-            yield bucket, table.slice(start, count)
-            start += count
-
     for batch in batches:
         waiting.append(batch)
         if sum(some.num_rows for some in waiting) >= DEALT_AT_ONCE:
-            yield from dealt()
+            yield pa.Table.from_batches(waiting, batches.schema)
+            waiting = []
     if waiting:
-        yield from dealt()
+        yield pa.Table.from_batches(waiting, batches.schema)
+
+
+def _by_bucket(table: pa.Table) -> list[tuple[int, pa.Table]]:
+    import pyarrow.compute as pc
+
+    table = table.take(pc.array_sort_indices(table["bucket_"].combine_chunks()))
+    counts = sorted((c["values"], c["counts"]) for c in pc.value_counts(table["bucket_"]).to_pylist())
+    table, start, found = table.drop_columns(["bucket_"]), 0, []
+    for bucket, count in counts:
+        found.append((bucket, table.slice(start, count)))
+        start += count
+    return found

@@ -52,13 +52,13 @@ class ListFiles:
         name: what the user called it.
         kind: of KINDS.
         paths: of the files here.
-        has_urls: whether it is of the web; else its rows have places in files (`curate.sources`).
+        root: folder in which the images lie already, if its rows have places in files instead of URLs to ask for.
     """
 
     name: str
     kind: str
     paths: tuple[Path, ...]
-    has_urls: bool = True
+    root: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,19 @@ def find_list(urls: str) -> ListFiles:
         found = [path]
     else:
         found = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]  # noqa: PTH207 - Path.glob takes no absolute pattern
+    return list_of(urls, found)
+
+
+def list_of(urls: str, found: Sequence[Path]) -> ListFiles:
+    """The list that these files are.
+
+    Args:
+        urls: what the user called it.
+        found: in any order.
+
+    Raises:
+        InputError: there are none, or they are of a form that we do not know, or of several.
+    """
     kinds = sorted({_kind(file) for file in found})
     if not found:
         raise InputError(

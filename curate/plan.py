@@ -39,7 +39,7 @@ from curate.expressions import (
     watch_drops,
 )
 from curate.filters import Step, Where
-from curate.lists import PACKED, ListColumns, ListFiles, choose_columns, find_list, readable_list, reader
+from curate.lists import PACKED, ListColumns, ListFiles, choose_columns, readable_list, reader
 from curate.progress import progress
 from curate.shards import (
     OFFSET_COLUMNS,
@@ -52,6 +52,7 @@ from curate.shards import (
     write_parquet,
     write_text,
 )
+from curate.sources import find
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 FORMAT = 2
 DONE = "plan.json"
 BUCKETS = ".buckets"
+LISTS = ".list"
 # Rows that are worked on at once; the list is dealt into buckets of about so many.
 BUCKET_ROWS = 150_000
 # Of the database alone; the streams and buckets in Arrow come on top of it.
@@ -70,9 +72,12 @@ WRITING_AT_ONCE = 32
 # A plan file is right or not by plan.json; its own fingerprint only says what it is.
 _MADE_FROM = fingerprint("plan", FORMAT)
 
+# Where an image lies that is here already: path below the source's folder, and place in that file if it is a tar.
+PLACE = frozenset(("source_file", "source_offset", "source_size"))
 # Names that a column of the list may not take.
 RESERVED = frozenset(
     (
+        *PLACE,
         *(*PLAN_COLUMNS, *FETCH_COLUMNS, *SIGNAL_COLUMNS, *OFFSET_COLUMNS),
         *("image_embedding", "text_embedding"),
         *("kept", "split", "stage", "step", "twin", "duplicate_group"),
@@ -128,22 +133,24 @@ def run(urls: str, out: Path, config: PlanConfig, steps: Sequence[Step]) -> Plan
     folder = out / "plan"
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
-    source = find_list(urls)
+    source = find(urls, out / LISTS)
     with connect(MEMORY_LIMIT, 0, out / SPILL, [*source.paths, folder]) as db:
         table = reader(db, source)
         with readable_list(source):
             types = column_types(db, table)
-        columns = choose_columns(types, source, config, RESERVED)
+        columns = choose_columns(types, source, config, RESERVED - PLACE if source.root else RESERVED)
         pushed = _pushed(db, steps, {**PLAN_COLUMNS, **columns.types})
         inputs = fingerprint("plan", FORMAT, *_inputs(source, config, pushed))
         before = _read_done(folder)
-        if before.get("inputs") == inputs and before.get("files") == _digests(folder):
+        same_root = before.get("root") == (str(source.root) if source.root else None)
+        if same_root and before.get("inputs") == inputs and before.get("files") == _digests(folder):
             return PlanResult(**before["result"], made=False)
         if not before:  # a first plan that did not get to its end
             for leftover in folder.glob("*.parquet"):
                 leftover.unlink()
         result = _make(db, folder, source, table, columns, pushed, config.shard_size)
-    done = {"inputs": inputs, "files": _digests(folder), "result": _plain(result)}
+    root = str(source.root) if source.root else None
+    done = {"root": root, "inputs": inputs, "files": _digests(folder), "result": _plain(result)}
     write_text(folder / DONE, json.dumps(done, indent=1) + "\n")
     return result
 
@@ -206,7 +213,7 @@ def _make(
             progress("plan", rows) as advance,
         ):
             for bucket in range(num_buckets):
-                num_rows = _load(db, spill, bucket, [*columns.types], has_urls=source.has_urls)
+                num_rows = _load(db, spill, bucket, [*columns.types], has_urls=source.root is None)
                 for step in pushed:
                     drop_where(db, step, stage="plan", columns=out.columns)
                 db.execute("DELETE FROM drops WHERE reason = 'where' AND row IN (SELECT row FROM rows WHERE known_)")

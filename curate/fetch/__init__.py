@@ -10,6 +10,7 @@
     outage     is the network gone?
     decoding   bodies → pictures, in threads
     local      images that are here already
+    task       one shard to make
     reuse      what of an old raw shard still holds
     rows       the columns of a raw shard, and what each row says
 
@@ -36,7 +37,7 @@ from curate.shards import digest, fingerprint, made_from, sweep, write_text
 
 if TYPE_CHECKING:
     from curate.executor import Work
-    from curate.fetch.engine import ShardTask
+    from curate.fetch.task import ShardTask
 
 __all__ = ["RAW_COLUMNS", "SUCCESS", "FetchResult", "run"]
 
@@ -138,14 +139,22 @@ def _tidy(raw: Path) -> None:
 
 
 def _tasks(plan: Path, raw: Path, config: FetchConfig, settings: str, retry: bool) -> Iterator[ShardTask]:
-    from curate.fetch.engine import ShardTask
+    from curate.fetch.task import ShardTask
 
+    root = _root(plan)
     for path in sorted(plan.glob("*.parquet")):
         if path.stem.isdigit():
             stem = raw / path.stem
             there = stem.with_suffix(".tar").exists() and (made_from(stem.with_suffix(".parquet")) or "")
             known = stem if there and there.startswith(f"{settings}-") else None
-            yield ShardTask(path, stem, f"{settings}-{digest(path)}", config, known, retry)
+            yield ShardTask(path, stem, f"{settings}-{digest(path)}", config, known, root, retry)
+
+
+def _root(plan: Path) -> Path | None:
+    """The folder of a local source, which plan.json names."""
+    done = plan / "plan.json"
+    root = json.loads(done.read_text()).get("root") if done.exists() else None
+    return Path(root) if root else None
 
 
 def _is_made(task: ShardTask) -> bool:
@@ -195,12 +204,13 @@ def _cores() -> int:
 
 def _fetch(todo: list[ShardTask], state: Path, config: FetchConfig) -> None:
     from curate.executor import run_over
-    from curate.fetch import hosts
+    from curate.fetch import hosts, robots
     from curate.fetch.engine import write_dead_shard
     from curate.fetch.tell import Teller
 
     processes = min(config.processes or _cores(), len(todo))
     hosts.create(state / "hosts", processes)
+    robots.prepare(state / "robots.sqlite")
     with Teller(todo) as teller:
         workers = run_over(
             _work(config, state),

@@ -37,38 +37,29 @@ from curate.fetch.guard import Guard
 from curate.fetch.hosts import Hosts
 from curate.fetch.manners import SLOW_DOWN, backoff_after
 from curate.fetch.outage import Address, Watch
-from curate.fetch.robots import Robots
+from curate.fetch.robots import MOST_BYTES, Robots
 from curate.fetch.rows import SUCCESS, Picture, raw_schema, rejected
-from curate.fetch.transfer import Body, Transfer, TransferError, open_session, parse_target, reach
+from curate.fetch.task import ShardTask
+from curate.fetch.transfer import (
+    Body,
+    Page,
+    Transfer,
+    TransferError,
+    allow_open_files,
+    open_session,
+    parse_target,
+    reach,
+)
 from curate.ledger import Reason
 from curate.shards import ShardWriter, write_text
 
 Row = dict[str, Any]
 Report = Callable[[dict[str, Any]], None]
-Do = Callable[["ShardTask", Report], Awaitable[None]]
+Do = Callable[[ShardTask, Report], Awaitable[None]]
 LOOKUP_THREADS = 64
 REPORT_EVERY_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class ShardTask:
-    """One shard to make.
-
-    Attributes:
-        plan: the candidates.
-        stem: path of the raw shard without extension.
-        made_from: its fingerprint.
-        config: how.
-        known: stem of a raw shard made under the same settings, whose rows may be kept.
-        retry: whether its rows that failed for a reason that may pass are asked for again.
-    """
-
-    plan: Path
-    stem: Path
-    made_from: str
-    config: FetchConfig
-    known: Path | None = None
-    retry: bool = False
+# An origin whose robots.txt cannot be read is left alone at first for so many times the first back-off.
+FIRST_ROBOTS_PAUSE = 5
 
 
 @asynccontextmanager
@@ -83,6 +74,7 @@ async def open_worker(number: int, *, state: Path, config: FetchConfig) -> Async
     Yields:
         A coroutine function that makes one shard; `report` is called twice a second with what came so far.
     """
+    allow_open_files(4 * config.connections + 1024)
     cv2.setNumThreads(0)  # the decoding threads are enough
     # getaddrinfo blocks a thread for each name; asyncio's own few would be what all connections wait for.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="lookup"))
@@ -95,7 +87,7 @@ async def open_worker(number: int, *, state: Path, config: FetchConfig) -> Async
                     async with engine.running():
                         yield engine.make
                 finally:
-                    engine.robots.close()
+                    await engine.robots.close()
     finally:
         hosts.close()
 
@@ -144,7 +136,7 @@ class Engine:
     ) -> None:
         self.config, self.transfer, self.hosts, self.decoder = config, transfer, hosts, decoder
         self.frontier = Frontier(hosts, config.max_wait_s, self._throttled)
-        self.robots = Robots(robots_path, self._read_robots, 10 * config.total_timeout_s)
+        self.robots = Robots(robots_path, self._read_robots, FIRST_ROBOTS_PAUSE * config.backoff_s)
         guard = Guard.allowing(config.allow_addresses)
         self.watch: Watch[tuple[Errand, TransferError]] = Watch(
             lambda address: reach(address, guard, config.connect_timeout_s), config.outage_s, self._stand, self._again
@@ -179,7 +171,7 @@ class Engine:
                 shard = Shard(task, next(self._numbers), writer, journal)
                 tell(lambda: self._progress(shard))
                 rows = await asyncio.to_thread(reuse.keep, task, candidates.to_pylist(), shard.keep)
-                if local.is_local(candidates.schema):
+                if task.root is not None:
                     await self._read(shard, rows)
                 else:
                     await self._fetch(shard, rows)
@@ -190,7 +182,8 @@ class Engine:
         async def use(body: Body, key: str) -> Picture:
             return await self.decoder.picture(body, key, shard.journal)
 
-        await local.fetch(rows, self.config.max_bytes, shard.write, use)
+        assert shard.task.root
+        await local.fetch(rows, shard.task.root, self.config.max_bytes, shard.write, use)
 
     async def _fetch(self, shard: Shard, rows: list[Row]) -> None:
         errands = []
@@ -249,7 +242,8 @@ class Engine:
         try:
             await self._ask_robots(errand.target)
             started = time.monotonic()
-            outcome = await self.transfer.hop(errand.target, errand.left_s, use)
+            is_last = not self.frontier.has(host)
+            outcome = await self.transfer.hop(errand.target, errand.left_s, use, is_last=is_last)
             if isinstance(outcome, URL):
                 errand.left_s -= time.monotonic() - started
         except TransferError as error:
@@ -273,10 +267,13 @@ class Engine:
         if verdict.error is not None:
             raise verdict.error
 
-    async def _read_robots(self, target: URL) -> Any:
-        from curate.fetch.robots import MOST_BYTES
-
-        return await self.transfer.page(target, self.config.total_timeout_s, MOST_BYTES)
+    async def _read_robots(self, target: URL, held: str) -> Page:
+        """One page on the way to a robots.txt; it counts against its host as any request does."""
+        total_s = self.config.total_timeout_s
+        if target.raw_host == held:
+            return await self.transfer.page(target, total_s, MOST_BYTES)
+        async with self.hosts.turn(target.raw_host or "", total_s):
+            return await self.transfer.page(target, total_s, MOST_BYTES)
 
     # --- what became of it -------------------------------------------------------------------------------------------
 

@@ -96,6 +96,10 @@ class Frontier:
         """Whether no errand could go now or soon, but for retries that wait out their back-off."""
         return not self._queues
 
+    def has(self, host: str) -> bool:
+        """Whether errands of a host are in its queue."""
+        return host in self._queues
+
     def add_shard(self, shard: int, errands: list[Errand]) -> None:
         """Take the errands of a new shard."""
         self._shards[shard] = _Shard(len(errands))

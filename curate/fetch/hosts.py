@@ -5,21 +5,23 @@ slot is a hash of its name; two hosts in one slot share a limit, which errs on t
 microseconds under a lock of the file (`fcntl`: the kernel gives it back when its holder dies). Each worker counts in a
 column of its own, so that the turns of a worker that was killed can be given back by clearing the column.
 
-The limit of a host that answers 429 or 503 is halved, and it is left alone for as long as it asks; each success after
-that lifts the limit a little, until it is what it was (additive increase, multiplicative decrease, as in TCP).
+The limit of a host that answers 429 or 503 is halved, its rate with it, and it is left alone for as long as it asks;
+each success after that lifts the limit a little, until it is what it was (additive increase, multiplicative decrease,
+as in TCP). Below one at once, the rate alone is lowered.
 
 Times are those of the monotonic clock, which all processes of a machine share.
 """
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import hashlib
 import mmap
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 SLOTS = 1 << 15
@@ -32,6 +34,8 @@ POLL_S = 0.02
 # Requests that were in flight together fail together; that is one sign, not many.
 ONE_SIGN_S = 1.0
 LIFT = 0.2
+# How far a limit is lowered at most.
+LEAST_SHARE = 1 / 64
 
 
 def create(path: Path, workers: int) -> None:
@@ -86,10 +90,11 @@ class Hosts:
             wait_s = max(numbers[place + NEXT_START], numbers[place + NOT_BEFORE]) - now
             if wait_s > 0:
                 return wait_s
-            if self._in_flight(slot) >= self._limit(place):
+            limit = self._limit(place)
+            if self._in_flight(slot) >= max(1.0, limit):
                 return POLL_S
             self._counts[self._own + slot] += 1
-            pause_s = max(self.spacing_s, numbers[place + PAUSE])
+            pause_s = max(self.spacing_s * self.per_host / limit, numbers[place + PAUSE])
             if pause_s:
                 numbers[place + NEXT_START] = now + pause_s
         return 0.0
@@ -97,6 +102,23 @@ class Hosts:
     def done(self, host: str) -> None:
         """Give a turn back."""
         self._counts[self._own + _slot(host)] -= 1  # this worker's own count: no other writes it
+
+    @asynccontextmanager
+    async def turn(self, host: str, patience_s: float) -> AsyncIterator[None]:
+        """Hold a turn for the length of the block; for the few requests that are not the frontier's.
+
+        Raises:
+            asyncio.TimeoutError: it did not come within `patience_s` seconds.
+        """
+        last = time.monotonic() + patience_s
+        while wait_s := self.ask(host):
+            if time.monotonic() + wait_s > last:
+                raise asyncio.TimeoutError
+            await asyncio.sleep(wait_s)
+        try:
+            yield
+        finally:
+            self.done(host)
 
     def slow_down(self, host: str, wait_s: float) -> None:
         """After a 429 or 503: half as many at once, and none for `wait_s` seconds."""
@@ -134,7 +156,7 @@ class Hosts:
         """Whether a host gets less than the configuration allows, because it asked for it."""
         place, numbers = _slot(host) * DOUBLES, self._numbers
         waits = numbers[place + NOT_BEFORE] > time.monotonic()
-        return waits or numbers[place + LOWERED] >= 1 or numbers[place + PAUSE] > self.spacing_s
+        return waits or numbers[place + LOWERED] > 0 or numbers[place + PAUSE] > self.spacing_s
 
     def close(self) -> None:
         """Let the file go."""
@@ -144,7 +166,7 @@ class Hosts:
         os.close(self._file)
 
     def _limit(self, place: int) -> float:
-        return max(1.0, self.per_host - self._numbers[place + LOWERED])
+        return max(self.per_host * LEAST_SHARE, self.per_host - self._numbers[place + LOWERED])
 
     def _in_flight(self, slot: int) -> int:
         return sum(self._counts[worker * SLOTS + slot] for worker in range(self._workers))
@@ -159,4 +181,5 @@ class Hosts:
 
 
 def _slot(host: str) -> int:
-    return int.from_bytes(hashlib.blake2b(host.encode(), digest_size=4).digest(), "big") % SLOTS
+    name = host.rstrip(".").encode()  # example.org. is example.org
+    return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "big") % SLOTS

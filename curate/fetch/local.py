@@ -5,27 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from curate.fetch.rows import Picture, rejected
 from curate.fetch.transfer import Body
 from curate.ledger import Reason
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 Row = dict[str, Any]
-PLACE = ("source_file", "source_offset", "source_size")
 AT_ONCE = 8
-
-
-def is_local(schema: pa.Schema) -> bool:
-    """Whether a plan file's rows have places."""
-    return PLACE[0] in schema.names
 
 
 async def fetch(
     rows: list[Row],
+    root: Path,
     max_bytes: int,
     write: Callable[[list[Row], Picture], None],
     use: Callable[[Body, str], Awaitable[Picture]],
@@ -36,7 +28,7 @@ async def fetch(
     async def one(row: Row) -> None:
         async with slots:
             try:
-                content = await asyncio.to_thread(read, row, max_bytes)
+                content = await asyncio.to_thread(read, root, row, max_bytes)
             except OSError as error:
                 write([row], Picture(rejected(Reason.UNREADABLE, f"{row['source_file']}: {error.strerror or error}")))
                 return
@@ -46,13 +38,15 @@ async def fetch(
     await asyncio.gather(*map(one, rows))
 
 
-def read(row: Row, max_bytes: int) -> bytes | None:
+def read(root: Path, row: Row, max_bytes: int) -> bytes | None:
     """The bytes at a row's place; None if they are more than `max_bytes`.
 
     Raises:
         OSError: the file is gone, or shorter than it was.
     """
-    path, offset, size = Path(row["source_file"]), row["source_offset"], row["source_size"]
+    path, offset, size = root / row["source_file"], row["source_offset"], row["source_size"]
+    if offset is None and size is not None:
+        raise OSError("it has no image of this row")
     with path.open("rb") as file:
         if offset is not None:
             file.seek(offset)

@@ -23,35 +23,41 @@ MAY_PASS = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 522, 523, 524})
 SLOW_DOWN = frozenset({429, 503})
 
 
-def opt_out(robots_tags: Iterable[str], tdm_reservation: str | None, ignored: Collection[str] = ()) -> str | None:
+def opt_out(robots_tags: Iterable[str], tdm: Iterable[str] = (), ignored: Collection[str] = ()) -> str | None:
     """The first thing in an answer's headers that asks us to leave an image alone; None if there is none.
 
-    The headers of the answer with the image count, not those of a redirect on the way to it.
+    The headers of the answer with the image count, not those of a redirect on the way to it: they speak of the page
+    that moved. What is written badly but can only be meant as an opt-out is taken for one.
 
     Args:
         robots_tags: the values of all `X-Robots-Tag` headers. A directive after an agent's name (`googlebot: noindex,
             noai`) is for that agent until the next name or the end of the header; it binds us only if the name is ours.
-        tdm_reservation: the `TDM-Reservation` header (W3C TDMRep): 1 keeps text and data mining to the owner.
+        tdm: the values of all `TDM-Reservation` headers (W3C TDMRep): 1 keeps text and data mining to the owner, also
+            where a `TDM-Policy` beside it says under which terms it may be bought.
         ignored: names of opt-outs not to be heeded.
     """
     for header in robots_tags:
         for directive in _directives(header):
             if directive in DIRECTIVES and directive not in ignored:
                 return directive
-    reserved = tdm_reservation is not None and tdm_reservation.strip() == "1"
-    return TDM_RESERVATION if reserved and TDM_RESERVATION not in ignored else None
+    is_reserved = any(part.strip() == "1" for header in tdm for part in header.split(","))
+    return TDM_RESERVATION if is_reserved and TDM_RESERVATION not in ignored else None
 
 
 def _directives(header: str) -> Iterable[str]:
     """The directives of one X-Robots-Tag header that are for every agent or for us."""
     for_us = True
-    for part in header.split(","):
+    for part in re.split("[,;]", header.lower()):
         scope = _SCOPE.fullmatch(part)
-        text = part
-        if scope and scope[1].lower() not in WITH_VALUE:
-            for_us, text = scope[1].lower() in ("*", AGENT), scope[2]
+        name, text = scope.groups() if scope else (None, part)
+        if name in WITH_VALUE:
+            continue
+        if name in DIRECTIVES:  # `noai: true`
+            text = name
+        elif name is not None:
+            for_us = name in ("*", AGENT)
         if for_us:
-            yield text.strip().lower()
+            yield text.strip()
 
 
 def retry_after_s(header: str | None, now: datetime) -> float | None:
@@ -66,7 +72,7 @@ def retry_after_s(header: str | None, now: datetime) -> float | None:
         return float(text)
     try:
         date = parsedate_to_datetime(text)
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, OverflowError):
         return None
     if date.tzinfo is None:
         date = date.replace(tzinfo=timezone.utc)

@@ -17,7 +17,7 @@ from curate.ledger import Reason
 from curate.shards import MemberReader
 
 if TYPE_CHECKING:
-    from curate.fetch.engine import ShardTask
+    from curate.fetch.task import ShardTask
 
 Row = dict[str, Any]
 PASSING = frozenset(

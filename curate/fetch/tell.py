@@ -14,7 +14,7 @@ from curate.fetch.rows import SUCCESS
 from curate.progress import progress
 
 if TYPE_CHECKING:
-    from curate.fetch.engine import ShardTask
+    from curate.fetch.task import ShardTask
 
 logger = logging.getLogger("cliptailor")
 

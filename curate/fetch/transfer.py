@@ -8,7 +8,9 @@ and the budget.
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
+import ssl
 import sys
 import zlib
 from collections.abc import Awaitable, Callable
@@ -29,9 +31,13 @@ from curate.images import SNIFF_BYTES, Rejected, sniff
 from curate.ledger import Reason
 
 T = TypeVar("T")
+CLOSE = {"Connection": "close"}
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 SMALL_BYTES = 256 << 10
 BODIES_BYTES = 48 << 20
+# An idle connection costs a socket and, with TLS, about 50 kB.
+KEEP_ALIVE_S = 5.0
+ZLIB = 8  # the low half of the first byte of zlib's frame
 ACCEPT = "image/jpeg, image/png, image/webp, image/gif, image/*;q=0.5, */*;q=0.1"
 # Wanted here because redirects to signed storage are long; aiohttp's own limit is 8190.
 MAX_HEADER_BYTES = 16_384
@@ -83,6 +89,21 @@ class TransferError(Rejected):
         self.retry_after_s = retry_after_s
 
 
+def tls_context() -> ssl.SSLContext:
+    """The system's certificates, hosts checked; made once a session, because it takes 20 ms."""
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def allow_open_files(wanted: int) -> None:
+    """Raise this process's limit of open files, often 1,024, towards `wanted`, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def open_session(config: FetchConfig, resolver: AbstractResolver | None = None) -> aiohttp.ClientSession:
     """A session whose every connection passes the guard, with keep-alive, a DNS cache, no cookies and no proxy.
 
@@ -94,7 +115,9 @@ def open_session(config: FetchConfig, resolver: AbstractResolver | None = None) 
     # The total is the Deadline's, so that what is spent waiting for memory can be taken out of it.
     timeout = aiohttp.ClientTimeout(total=None, connect=config.connect_timeout_s, sock_read=config.read_timeout_s)
     connector = aiohttp.TCPConnector(
-        limit=0,  # the Fetcher counts
+        limit=0,  # the frontier counts
+        keepalive_timeout=KEEP_ALIVE_S,
+        ssl=tls_context(),
         ttl_dns_cache=300,
         resolver=GuardedResolver(guard, resolver or aiohttp.ThreadedResolver()),
         socket_factory=guard.socket,
@@ -122,13 +145,17 @@ class Transfer:
         self.session, self.config = session, config
         self._bodies = Budget(BODIES_BYTES)
 
-    async def hop(self, target: URL, left_s: float, use: Callable[[Body], Awaitable[T]]) -> T | URL:
+    async def hop(
+        self, target: URL, left_s: float, use: Callable[[Body], Awaitable[T]], *, is_last: bool = False
+    ) -> T | URL:
         """What `use` makes of the body, or the URL that the answer redirects to.
 
         Args:
             target: as `parse_target` gives it.
             left_s: seconds for the answer, body included; a wait for memory to hold the body does not count.
             use: its work on the body is not timed; the body counts against the memory until it is done.
+            is_last: whether no other request to the host is in sight; the connection is then not kept open. A list of
+                many hosts would else leave thousands of them behind.
 
         Raises:
             TransferError: neither came.
@@ -136,7 +163,7 @@ class Transfer:
         status = None
         async with AsyncExitStack() as held:
             try:
-                async with Deadline(left_s) as deadline, self._get(target) as response:
+                async with Deadline(left_s) as deadline, self._get(target, is_last) as response:
                     status = response.status
                     if status in REDIRECTS:
                         return redirect_target(response)
@@ -154,7 +181,7 @@ class Transfer:
         """
         status = None
         try:
-            async with Deadline(left_s), self._get(target) as response:
+            async with Deadline(left_s), self._get(target, False) as response:
                 status = response.status
                 if status in REDIRECTS:
                     return Page(status, b"", redirect_target(response))
@@ -163,13 +190,15 @@ class Transfer:
                     content += coding.decode(chunk, room=limit - len(content))
                     if len(content) >= limit:
                         break
+                else:
+                    coding.check_complete()
                 wait_s = retry_after_s(response.headers.get("Retry-After"), datetime.now(timezone.utc))
                 return Page(status, bytes(content[:limit]), None, wait_s)
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
             raise failure(error, status) from error
 
-    def _get(self, target: URL) -> Any:
-        return self.session.get(target, allow_redirects=False)
+    def _get(self, target: URL, is_last: bool) -> Any:
+        return self.session.get(target, allow_redirects=False, headers=CLOSE if is_last else None)
 
     def _check_head(self, response: aiohttp.ClientResponse) -> None:
         headers = response.headers
@@ -181,8 +210,8 @@ class Transfer:
                 may_pass=response.status in MAY_PASS,
                 retry_after_s=retry_after_s(headers.get("Retry-After"), datetime.now(timezone.utc)),
             )
-        tags = headers.getall("X-Robots-Tag", ())
-        said = opt_out(tags, headers.get("TDM-Reservation"), self.config.ignore_opt_outs)
+        tags, tdm = headers.getall("X-Robots-Tag", ()), headers.getall("TDM-Reservation", ())
+        said = opt_out(tags, tdm, self.config.ignore_opt_outs)
         if said:
             raise TransferError(Reason.OPT_OUT, said, http_status=200)
         if (response.content_length or 0) > self.config.max_bytes:
@@ -209,8 +238,7 @@ class Transfer:
                 known = response.content_length if coding.plain else None
                 await deadline.not_counting(held.enter_async_context(self._bodies.hold(known or most)))
                 has_memory = True
-        if not coding.complete:
-            raise TransferError(Reason.BROKEN_TRANSFER, "content encoding ends early", http_status=200, may_pass=True)
+        coding.check_complete()
         if not body:
             raise TransferError(Reason.EMPTY_BODY, http_status=200)
         return bytes(body)
@@ -274,15 +302,26 @@ class ContentCoding:
         """Whether the bytes on the wire are the body's own, so that Content-Length is its length."""
         return self._inflate is None
 
-    @property
-    def complete(self) -> bool:
-        """Whether the encoded stream has come to its end."""
-        return self._inflate is None or self._inflate.eof or not self._started
+    def check_complete(self) -> None:
+        """Do nothing if the encoded stream has come to its end.
+
+        Raises:
+            TransferError: it has not.
+        """
+        if self._inflate is not None and self._started and not self._inflate.eof:
+            raise TransferError(Reason.BROKEN_TRANSFER, "content encoding ends early", http_status=200, may_pass=True)
 
     def decode(self, chunk: bytes, room: int) -> bytes:
-        """The decoded bytes of a chunk, at most one more than there is room for."""
-        if not self._started and sniff(chunk) is not None:
-            self._inflate = None  # says that it is encoded, and is not
+        """The decoded bytes of a chunk, at most one more than there is room for.
+
+        Raises:
+            TransferError: it is not encoded as it says.
+        """
+        if not self._started and self._inflate is not None:
+            if sniff(chunk) is not None:
+                self._inflate = None  # says that it is encoded, and is not
+            elif self.name == "deflate" and chunk[0] & 0x0F != ZLIB:
+                self._inflate = zlib.decompressobj(wbits=-15)  # without zlib's frame, as some servers understand it
         self._started = True
         if self._inflate is None:
             return chunk
@@ -321,7 +360,7 @@ def parse_target(text: str) -> URL:
     try:
         url = URL(text.strip())
     except ValueError as error:
-        raise TransferError(Reason.BAD_URL, str(error)) from error
+        raise TransferError(Reason.BAD_URL, "not a URL") from error  # its own words may quote a password
     if url.scheme not in ("http", "https") and url.scheme:
         raise TransferError(Reason.BLOCKED_SCHEME, url.scheme)
     if not url.scheme or not url.raw_host:
@@ -375,6 +414,10 @@ def _broken(error: Exception, status: int | None) -> TransferError:
 
 
 def _words(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_message
+    if isinstance(error, ssl.SSLError) and error.reason:
+        return error.reason.replace("_", " ").lower()
     return getattr(error, "strerror", None) or type(error).__name__
 
 

@@ -196,7 +196,11 @@ def _funnel(
 def _places(dropped: dict[tuple[str, str], int], filters: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     said = {str(step.get("name")): describe(step) for step in filters}
     pushed = [("plan", name, what) for name, what in said.items() if ("plan", name) in dropped]
-    selected = [("select", name, what) for name, what in said.items() if ("plan", name) not in dropped]
+    selected = [
+        ("select", name, what)
+        for name, what in said.items()
+        if ("plan", name) not in dropped or ("select", name) in dropped
+    ]
     known = [("plan", "plan", STAGES["plan"]), *pushed, ("fetch", "fetch", STAGES["fetch"]), *selected]
     there = {(stage, step) for stage, step, _ in known}
     # A ledger made with other filters than those given: its steps are still counted.

@@ -11,7 +11,8 @@ from PIL import Image
 
 from curate.config import FetchConfig
 from curate.fetch import hosts
-from curate.fetch.engine import ShardTask, open_worker
+from curate.fetch.engine import open_worker
+from curate.fetch.task import ShardTask
 from curate.shards import MemberReader, read_index, write_parquet
 
 

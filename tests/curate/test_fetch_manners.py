@@ -4,6 +4,8 @@ from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from curate.config import OPT_OUTS
 from curate.fetch.manners import backoff_after, opt_out, retry_after_s
@@ -37,27 +39,46 @@ NOW = datetime(2026, 11, 23, 12, 0, 0, tzinfo=timezone.utc)
         (["max-image-preview: large, noai"], "noai"),
         (["unavailable_after: Wed, 25 Jun 2025 15:00:00 GMT, noimageai"], "noimageai"),
         (["noindexing"], None),
+        (["NOAI;NOIMAGEAI"], "noai"),
+        (["all;\tnoimageindex"], "noimageindex"),
+        (["noai: true"], "noai"),
+        (["googlebot: noai: true"], None),
+        (["unavailable_after: 25 Jun 2025 15:00:00 PST"], None),
+        (["unavailable_after: Sunday, 25-Jun-25 15:00:00 GMT, none"], "none"),
+        (["max-snippet:-1,max-video-preview:-1, noml"], "noml"),
+        (["otherbot: noindex, *: nofollow, noml"], "noml"),
+        ([",,,"], None),
+        ([":noai"], None),
         ([""], None),
     ],
 )
 def test_opt_outs_bind_unless_they_are_for_another_agent(headers, directive):
-    assert opt_out(headers, None) == directive
+    assert opt_out(headers) == directive
 
 
 @pytest.mark.parametrize(
-    ("header", "heeded"), [("1", True), (" 1 ", True), ("0", False), (None, False), ("yes", False)]
+    ("headers", "heeded"),
+    [
+        (["1"], True),
+        ([" 1 "], True),
+        (["0", "1"], True),
+        (["0, 1"], True),
+        (["0"], False),
+        ([], False),
+        (["yes"], False),
+    ],
 )
-def test_a_reservation_of_data_mining_is_an_opt_out(header, heeded):
-    assert opt_out([], header) == ("tdm-reservation" if heeded else None)
+def test_a_reservation_of_data_mining_is_an_opt_out(headers, heeded):
+    assert opt_out([], headers) == ("tdm-reservation" if heeded else None)
 
 
 def test_each_opt_out_can_be_ignored_by_its_name():
     for name in OPT_OUTS[1:-1]:
-        assert opt_out([name], None) == name
-        assert opt_out([name], None, [name]) is None
-    assert opt_out(["noai, noindex"], "1", ["noai"]) == "noindex"
-    assert opt_out(["noai"], "1", ["noai"]) == "tdm-reservation"
-    assert opt_out(["noai"], "1", ["noai", "tdm-reservation"]) is None
+        assert opt_out([name]) == name
+        assert opt_out([name], ignored=[name]) is None
+    assert opt_out(["noai, noindex"], ["1"], ["noai"]) == "noindex"
+    assert opt_out(["noai"], ["1"], ["noai"]) == "tdm-reservation"
+    assert opt_out(["noai"], ["1"], ["noai", "tdm-reservation"]) is None
 
 
 @pytest.mark.parametrize(
@@ -68,6 +89,12 @@ def test_each_opt_out_can_be_ignored_by_its_name():
         ("soon", None),
         ("-5", None),
         ("0", 0.0),
+        ("1.5", None),
+        ("315360000", 315_360_000.0),
+        ("9" * 400, None),
+        ("Mon, 23 Nov 99999999999999999999 12:00:00 GMT", None),
+        ("Monday, 23-Nov-26 12:02:00 GMT", 120.0),
+        ("Mon Nov 23 12:03:00 2026", 180.0),
         (" 120 ", 120.0),
         (format_datetime(NOW + timedelta(seconds=90), usegmt=True), 90.0),
         (format_datetime(NOW - timedelta(days=1), usegmt=True), 0.0),
@@ -86,3 +113,10 @@ def test_backoff_is_drawn_up_to_a_doubling_limit_and_comes_from_the_key():
         assert 0.9 * 2**attempt < max(column) <= 2**attempt
         assert len(set(column)) == 200
     assert waits[7] == [backoff_after(attempt, 1.0, "key7") for attempt in range(4)]
+
+
+@given(header=st.text(max_size=200))
+def test_no_header_breaks_anything(header):
+    assert opt_out([header], [header]) in {None, *OPT_OUTS[1:]}
+    seconds = retry_after_s(header, NOW)
+    assert seconds is None or seconds >= 0

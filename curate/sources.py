@@ -1,0 +1,285 @@
+"""Where rows come from: a list here, a list far away, or images that are here already.
+
+    file, folder or glob of list files           as it is (`curate.lists`)
+    s3://…, gs://…, hf://…, memory://…           list files, copied to DIR/.list through fsspec
+    a folder with tars                           img2dataset's (STEM.tar + STEM.parquet) or webdataset's shards
+    a folder with images                         captions from metadata.{csv,jsonl,parquet}, sidecar .txt or folder name
+
+Images that are here already become a list in DIR/.list: a place in a file for each, and what is known of it. They are
+read from there instead of being downloaded; everything after that is the same. A folder is taken for what the first of
+these says that fits: tars, images, list files.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from curate.errors import ConfigError, InputError
+from curate.lists import CAPTION_NAMES, ListFiles, find_list, list_of
+from curate.progress import progress
+from curate.shards import atomic, fingerprint, tar_images
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+logger = logging.getLogger("cliptailor")
+
+IMAGES = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".apng")
+)
+DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs"}
+EXTRAS = {"s3fs": "cliptailor[s3]", "gcsfs": "cliptailor[gcs]"}
+COPIED_AT_ONCE = 8 << 20
+ROWS_AT_ONCE = 50_000
+FORMAT = 1
+
+
+def find(urls: str, cache: Path) -> ListFiles:
+    """The list that `urls` means.
+
+    Args:
+        urls: as the user gave it.
+        cache: folder for copies of remote lists, and for lists of local images.
+
+    Raises:
+        InputError: nothing there, or not what it should be.
+        ConfigError: it needs a driver that is not installed.
+    """
+    if "://" in urls:
+        return _remote(urls, cache)
+    folder = Path(urls).expanduser()
+    if not folder.is_dir():
+        return find_list(urls)
+    files = [path for path in sorted(folder.rglob("*")) if _is_inside(path, folder)]
+    if tars := [path for path in files if path.suffix == ".tar"]:
+        return _local(urls, folder, tars, _tar_tables(folder, tars), "tars", cache)
+    if packed := next((path for path in files if path.name.endswith((".tar.gz", ".tgz", ".tar.zst"))), None):
+        raise InputError(f"{packed}: a compressed tar cannot be read in places; unpack it to a .tar first")
+    if images := [path for path in files if path.suffix.lower() in IMAGES]:
+        return _local(urls, folder, files, _image_tables(folder, images), "images", cache)
+    return find_list(urls)
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether it is a file of this folder, not hidden, and no link out of it."""
+    if any(part.startswith(".") for part in path.relative_to(folder).parts) or not path.is_file():
+        return False
+    return not path.is_symlink() or path.resolve().is_relative_to(folder.resolve())
+
+
+# --- far away --------------------------------------------------------------------------------------------------------
+
+
+def _remote(urls: str, cache: Path) -> ListFiles:
+    import fsspec
+
+    protocol = urls.partition("://")[0]
+    driver = DRIVERS.get(protocol)
+    if driver and importlib.util.find_spec(driver) is None:
+        raise ConfigError(f"--urls {urls}: {protocol}:// needs {driver}: pip install '{EXTRAS.get(driver, driver)}'")
+    try:
+        system, path = fsspec.core.url_to_fs(urls)
+        if "*" in path or "?" in path or "[" in path:
+            found = system.glob(path)
+        else:
+            found = system.find(path) if system.isdir(path) else [path]
+        copies = [(path, _copy(system, path, cache)) for path in sorted(found)]
+    except (InputError, ConfigError):
+        raise
+    except Exception as error:  # each driver has errors of its own, with no common base
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{urls}: cannot be read: {said[:300]}") from error
+    return list_of(urls, [copy for _, copy in copies])
+
+
+def _copy(system: Any, path: str, cache: Path) -> Path:
+    """Copy a remote file, unless a copy of this very version is there."""
+    info = system.info(path)
+    size = info.get("size") or 0
+    name = path.rstrip("/").rpartition("/")[2]
+    copy = cache / f"{fingerprint(system.unstrip_protocol(path), size, system.ukey(path))}-{name}"
+    if not copy.exists():
+        with (
+            system.open(path, "rb") as there,
+            atomic(copy) as temporary,
+            temporary.open("wb") as here,
+            progress(f"copy {name}", size) as advance,
+        ):
+            while block := there.read(COPIED_AT_ONCE):
+                here.write(block)
+                advance(len(block))
+    return copy
+
+
+# --- here already ----------------------------------------------------------------------------------------------------
+
+
+def _local(urls: str, folder: Path, files: list[Path], tables: Iterator[pa.Table], what: str, cache: Path) -> ListFiles:
+    """The list of local images, written once for the same files."""
+    import pyarrow.parquet as pq
+
+    seen = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    path = cache / f"{fingerprint(FORMAT, what, seen)}-{what}.parquet"
+    if not path.exists():
+        first = next(tables, None)
+        if first is None:
+            raise InputError(f"{urls}: no images in its {what}")
+        with atomic(path) as temporary, pq.ParquetWriter(temporary, first.schema) as writer:
+            writer.write_table(first)
+            for table in tables:
+                writer.write_table(table)
+    logger.info("list    %s: %s, read from here without any download", urls, what)
+    return ListFiles(urls, "parquet", (path,), root=folder.resolve())
+
+
+def _place(folder: Path, path: Path, offset: int | None, size: int | None) -> dict[str, Any]:
+    return {"source_file": path.relative_to(folder).as_posix(), "source_offset": offset, "source_size": size}
+
+
+def _rows(rows: Iterator[Mapping[str, Any]]) -> Iterator[pa.Table]:
+    """Rows with a URL, a caption and a place as tables of one schema."""
+    import pyarrow as pa
+
+    texts = dict.fromkeys(("url", "caption", "source_file"), pa.string())
+    schema = pa.schema({**texts, "source_offset": pa.int64(), "source_size": pa.int64()})
+    some: list[Mapping[str, Any]] = []
+    for row in rows:
+        some.append(row)
+        if len(some) == ROWS_AT_ONCE:
+            yield pa.Table.from_pylist(some, schema)
+            some = []
+    if some:
+        yield pa.Table.from_pylist(some, schema)
+
+
+def _tar_tables(folder: Path, tars: list[Path]) -> Iterator[pa.Table]:
+    if all(tar.with_suffix(".parquet").exists() for tar in tars):
+        return _img2dataset_tables(folder, tars)
+    return _rows(row for tar in tars for row in _tar_rows(folder, tar))
+
+
+def _img2dataset_tables(folder: Path, tars: list[Path]) -> Iterator[pa.Table]:
+    """The shards' own Parquet, and where in the tar each row's image lies; nowhere, for one that was not downloaded."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schemas = [pq.read_schema(tar.with_suffix(".parquet")).remove_metadata() for tar in tars]
+    try:
+        schema = pa.unify_schemas(schemas, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InputError(f"{folder}: the Parquet files of its shards do not go together: {error}") from error
+    if "key" not in schema.names:
+        raise InputError(f"{tars[0].with_suffix('.parquet')}: no column 'key', which img2dataset's shards have")
+    for tar in tars:
+        table = pq.read_table(tar.with_suffix(".parquet"))
+        table = pa.concat_tables([table, schema.empty_table()], promote_options="permissive").select(schema.names)
+        places = dict(tar_images(tar))
+        found = [places.get(str(key), (None, None)) for key in table["key"].to_pylist()]
+        name = tar.relative_to(folder).as_posix()
+        yield (
+            table.cast(schema)
+            .append_column("source_file", pa.array([name] * len(found), pa.string()))
+            .append_column("source_offset", pa.array([offset for offset, _ in found], pa.int64()))
+            .append_column("source_size", pa.array([size if size is not None else 0 for _, size in found], pa.int64()))
+        )
+
+
+def _tar_rows(folder: Path, tar: Path) -> Iterator[dict[str, Any]]:
+    """The samples of a webdataset tar: members with one name up to the first dot, adjacent."""
+    sample: dict[str, Any] = {}
+    try:
+        with tarfile.open(tar, "r:") as members:
+            for member in members:
+                key, _, extension = member.name.rpartition("/")[2].partition(".")
+                key = member.name.rpartition("/")[0] + "/" + key
+                if sample.get("key") not in (None, key):
+                    yield from _tar_sample(folder, tar, sample)
+                    sample = {}
+                sample["key"] = key
+                if not member.isreg():
+                    continue
+                if f".{extension.lower()}" in IMAGES:
+                    sample["image"] = (member.name, member.offset_data, member.size)
+                elif extension in ("txt", "json"):
+                    content = members.extractfile(member)
+                    sample[extension] = content.read().decode("utf-8", "replace") if content else ""
+    except tarfile.ReadError as error:
+        raise InputError(f"{tar}: not an uncompressed tar ({error})") from error
+    yield from _tar_sample(folder, tar, sample)
+
+
+def _tar_sample(folder: Path, tar: Path, sample: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    if "image" not in sample:
+        return
+    name, offset, size = sample["image"]
+    facts = _json_object(sample.get("json", ""))
+    caption = sample.get("txt") or next((facts[key] for key in CAPTION_NAMES if isinstance(facts.get(key), str)), "")
+    url = facts.get("url") if isinstance(facts.get("url"), str) else None
+    fallback = f"{tar.relative_to(folder).as_posix()}/{name}"
+    yield {"url": url or fallback, "caption": caption, **_place(folder, tar, offset, size)}
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        read = json.loads(text)
+    except ValueError:
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def _image_tables(folder: Path, images: list[Path]) -> Iterator[pa.Table]:
+    metadata = [path for path in (folder / f"metadata.{kind}" for kind in ("csv", "jsonl", "parquet")) if path.exists()]
+    if metadata:
+        return _described(folder, metadata[0])
+    return _rows(
+        {
+            "url": path.relative_to(folder).as_posix(),
+            "caption": _caption_of(folder, path),
+            **_place(folder, path, None, None),
+        }
+        for path in images
+    )
+
+
+def _caption_of(folder: Path, image: Path) -> str:
+    """The text beside an image, else its folder's name as words, else nothing."""
+    sidecar = image.with_suffix(".txt")
+    if sidecar.exists():
+        return sidecar.read_text(encoding="utf-8", errors="replace").strip()
+    return "" if image.parent == folder else image.parent.name.replace("_", " ")
+
+
+def _described(folder: Path, metadata: Path) -> Iterator[pa.Table]:
+    """The rows of a metadata file, as Hugging Face's imagefolder has it: `file_name`, and whatever else."""
+    import pandas as pd
+    import pyarrow as pa
+
+    readers: dict[str, Any] = {
+        ".csv": lambda: pd.read_csv(metadata, keep_default_na=False),
+        ".jsonl": lambda: pd.read_json(metadata, lines=True),
+        ".parquet": lambda: pd.read_parquet(metadata),
+    }
+    try:
+        table = pa.Table.from_pandas(readers[metadata.suffix](), preserve_index=False).replace_schema_metadata()
+    except (ValueError, pa.ArrowException) as error:
+        raise InputError(f"{metadata}: cannot be read: {str(error).splitlines()[0]}") from error
+    if "file_name" not in table.column_names:
+        raise InputError(f"{metadata}: no column 'file_name'; it has {', '.join(table.column_names)}")
+    names = [str(name) for name in table["file_name"].to_pylist()]
+    if outside := next((name for name in names if not _leads_inside(folder, name)), None):
+        raise InputError(f"{metadata}: file_name '{outside}' leads out of {folder}")
+    nothing = pa.nulls(table.num_rows, pa.int64())
+    if "url" not in table.column_names:
+        table = table.append_column("url", pa.array(names, pa.string()))
+    table = table.append_column("source_file", pa.array(names, pa.string()))
+    yield table.append_column("source_offset", nothing).append_column("source_size", nothing)
+
+
+def _leads_inside(folder: Path, name: str) -> bool:
+    return (folder / name).resolve().is_relative_to(folder.resolve())

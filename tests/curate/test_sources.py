@@ -1,0 +1,266 @@
+"""Lists far away, from a real S3 server on loopback, and images that are here already."""
+
+import csv
+import io
+import json
+import tarfile
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+
+from curate import fetch, plan
+from curate.config import ColumnsConfig, PlanConfig
+from curate.errors import ConfigError, InputError
+from curate.shards import read_index
+from curate.sources import find
+from tests.curate.fetching import encoded, images, impatient, jpeg, photo
+
+
+def planned(out):
+    paths = sorted((out / "plan").glob("[0-9]*.parquet"))
+    return sorted((row for path in paths for row in pq.read_table(path).to_pylist()), key=lambda row: row["row"])
+
+
+def run(urls, out, **config):
+    return plan.run(str(urls), out, PlanConfig(**config), [])
+
+
+# --- far away --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """An S3 server with a bucket `crawl`, and the environment that leads s3fs to it and nowhere else."""
+    server = ThreadedMotoServer("127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        system = fsspec.filesystem("s3")
+        system.mkdir("crawl")
+        table = pa.table(
+            {"URL": [f"http://a.test/{n}.jpg" for n in range(5)], "TEXT": [f"picture {n}" for n in range(5)]}
+        )
+        for number in range(2):
+            with system.open(f"crawl/lists/{number}.parquet", "wb") as file:
+                pq.write_table(table.slice(number * 3, 3), file)
+        with system.open("crawl/one.csv", "wb") as file:
+            file.write(b'url,caption\nhttp://a.test/1,"a, b"\n')
+        yield system
+    server.stop()
+
+
+@pytest.mark.parametrize("urls", ["s3://crawl/lists", "s3://crawl/lists/*.parquet"])
+def test_lists_are_read_from_s3_and_copied_once(bucket, tmp_path, urls):
+    assert run(urls, tmp_path).candidates == 5
+    assert [row["caption"] for row in planned(tmp_path)] == [f"picture {n}" for n in range(5)]
+    copies = {path: path.stat().st_mtime_ns for path in (tmp_path / ".list").iterdir()}
+    assert len(copies) == 2
+    assert not run(urls, tmp_path).made
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / ".list").iterdir()} == copies
+
+
+def test_a_remote_list_that_changed_is_copied_again(bucket, tmp_path):
+    with bucket.open("crawl/grows.csv", "wb") as file:
+        file.write(b"url,caption\nhttp://a.test/1,one\n")
+    assert run("s3://crawl/grows.csv", tmp_path).candidates == 1
+    with bucket.open("crawl/grows.csv", "wb") as file:
+        file.write(b"url,caption\nhttp://a.test/1,one\nhttp://a.test/2,two\n")
+    result = run("s3://crawl/grows.csv", tmp_path)
+    assert (result.candidates, result.new) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("urls", "said"),
+    [
+        ("s3://crawl/nothing.parquet", "s3://crawl/nothing.parquet: cannot be read"),
+        ("s3://no-such-bucket/list.csv", "s3://no-such-bucket/list.csv: cannot be read"),
+        ("nonsense://list.csv", "nonsense://list.csv: cannot be read: Protocol not known"),
+        ("s3://crawl/nothing/*.csv", "no list there"),
+    ],
+)
+def test_a_remote_list_that_is_not_there_is_told_in_one_line(bucket, tmp_path, urls, said):
+    with pytest.raises(InputError) as error:
+        run(urls, tmp_path)
+    assert str(error.value).startswith(urls)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_driver_that_is_missing_is_named_with_the_command_that_installs_it(tmp_path):
+    with pytest.raises(ConfigError, match=r"gs:// needs gcsfs: pip install 'cliptailor\[gcs\]'"):
+        run("gs://crawl/list.parquet", tmp_path)
+
+
+def test_a_list_in_memory_is_read(tmp_path):
+    with fsspec.filesystem("memory").open("/lists/a.jsonl", "wb") as file:
+        file.write(b'{"url": "http://a.test/1", "caption": "one"}\n')
+    assert run("memory://lists/a.jsonl", tmp_path).candidates == 1
+
+
+# --- images that are here --------------------------------------------------------------------------------------------
+
+
+def kept(out, **config):
+    """(caption, bytes) of every image that arrived, after plan and fetch."""
+    fetch.run(out, impatient(**config))
+    captions = {row["key"]: (row["caption"], row["url"]) for row in planned(out)}
+    return sorted((*captions[key], content) for key, content in images(out).items())
+
+
+def test_class_folders_and_sidecars_give_the_captions(tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "red_shoes").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    (folder / "red_shoes" / "1.jpg").write_bytes(jpeg(1))
+    (folder / "red_shoes" / "2.JPG").write_bytes(jpeg(2))
+    (folder / "red_shoes" / "2.txt").write_text("the very best shoe\n")
+    (folder / "3.png").write_bytes(encoded(photo(3), "PNG"))
+    (folder / ".hidden" / "4.jpg").write_bytes(jpeg(4))
+    (folder / "broken.jpg").write_bytes(jpeg(5)[:300])
+    (folder / "outside.jpg").symlink_to(tmp_path / "outside.jpg")
+    (tmp_path / "outside.jpg").write_bytes(jpeg(6))
+    out = tmp_path / "out"
+    assert run(folder, out).candidates == 4
+    assert kept(out) == [
+        ("", "3.png", encoded(photo(3), "PNG")),
+        ("red shoes", "red_shoes/1.jpg", jpeg(1)),
+        ("the very best shoe", "red_shoes/2.JPG", jpeg(2)),
+    ]
+    (row,) = [row for row in pq.read_table(out / "raw" / "00000.parquet").to_pylist() if row["url"] == "broken.jpg"]
+    assert row["reason"] in ("truncated_image", "corrupt_image")
+    assert not run(folder, out).made
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_metadata_file_describes_the_images(tmp_path, kind):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = [{"file_name": f"{n}.jpg", "text": f"number {n}, of three", "rating": n} for n in range(3)]
+    for number in range(2):
+        (folder / f"{number}.jpg").write_bytes(jpeg(number))
+    if kind == "csv":
+        with (folder / "metadata.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif kind == "jsonl":
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), folder / "metadata.parquet")
+    out = tmp_path / "out"
+    run(folder, out)
+    assert kept(out) == [("number 0, of three", "0.jpg", jpeg(0)), ("number 1, of three", "1.jpg", jpeg(1))]
+    ends = {
+        row["url"]: (row["reason"], row["rating"]) for row in pq.read_table(out / "raw" / "00000.parquet").to_pylist()
+    }
+    assert ends == {"0.jpg": (None, 0), "1.jpg": (None, 1), "2.jpg": ("unreadable", 2)}
+
+
+def test_a_metadata_file_cannot_lead_out_of_its_folder(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "1.jpg").write_bytes(jpeg())
+    (tmp_path / "pictures" / "metadata.csv").write_text("file_name,text\n../secret.jpg,mine\n")
+    with pytest.raises(InputError, match=r"file_name '../secret.jpg' leads out of"):
+        run(tmp_path / "pictures", tmp_path / "out")
+
+
+def test_a_users_list_cannot_name_files_here(tmp_path):
+    """Its columns of these names are carried under others; the rows are asked for as URLs."""
+    (tmp_path / "secret.jpg").write_bytes(jpeg())
+    table = pa.table({"url": ["http://a.test/1"], "caption": ["x"], "source_file": [str(tmp_path / "secret.jpg")]})
+    pq.write_table(table, tmp_path / "l.parquet")
+    run(tmp_path / "l.parquet", tmp_path / "out")
+    (row,) = planned(tmp_path / "out")
+    assert "source_file" not in row
+    assert row["list_source_file"] == str(tmp_path / "secret.jpg")
+
+
+def add(tar, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def test_webdataset_tars_are_read_in_place(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for number in range(3):
+                add(tar, f"{shard}{number}.jpg", jpeg(shard * 3 + number))
+                if number == 0:
+                    add(tar, f"{shard}{number}.txt", f"text {shard}".encode())
+                elif number == 1:
+                    facts = {"caption": f"json {shard}", "url": f"http://a.test/{shard}"}
+                    add(tar, f"{shard}{number}.json", json.dumps(facts).encode())
+    out = tmp_path / "out"
+    assert run(folder, out).candidates == 6
+    assert kept(out) == sorted(
+        (caption, url, jpeg(shard * 3 + number))
+        for shard in range(2)
+        for number, (caption, url) in enumerate(
+            [
+                (f"text {shard}", f"{shard}.tar/{shard}0.jpg"),
+                (f"json {shard}", f"http://a.test/{shard}"),
+                ("", f"{shard}.tar/{shard}2.jpg"),
+            ]
+        )
+    )
+
+
+def test_a_compressed_tar_is_refused_with_the_way_out(tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "0.tar.gz").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"0.tar.gz: a compressed tar .* unpack it"):
+        find(str(tmp_path / "shards"), tmp_path / "cache")
+
+
+def test_a_folder_that_img2dataset_made_is_curated_without_a_request(tmp_path):
+    """Its layout is our raw layout, so a folder that fetch made stands for it: with successes, failures and captions."""
+    folder = tmp_path / "made"
+    folder.mkdir()
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for key in ("000000000", "000000002"):
+            add(tar, f"{key}.jpg", jpeg(int(key)))
+            add(tar, f"{key}.txt", b"x")
+    rows = [
+        {"url": f"http://a.test/{n}", "caption": f"caption {n}", "key": f"{n:09d}", "status": status, "width": 64}
+        for n, status in enumerate(["success", "failed_to_download", "success"])
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "00000.parquet")
+    out = tmp_path / "out"
+    assert run(folder, out, columns=ColumnsConfig()).candidates == 3
+    assert kept(out) == [
+        ("caption 0", "http://a.test/0", jpeg(0)),
+        ("caption 2", "http://a.test/2", jpeg(2)),
+    ]
+    (failed,) = [row for row in pq.read_table(out / "raw" / "00000.parquet").to_pylist() if row["reason"]]
+    assert (failed["reason"], failed["list_status"], failed["list_key"]) == (
+        "unreadable",
+        "failed_to_download",
+        "000000001",
+    )
+    assert len(read_index(out / "raw")) == 2
+
+
+def test_a_source_that_moved_is_not_read_again(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "1.jpg").write_bytes(jpeg(1))
+    run(folder, tmp_path / "out")
+    fetch.run(tmp_path / "out", impatient())
+    folder.rename(tmp_path / "b")
+    run(tmp_path / "b", tmp_path / "out")
+    assert fetch.run(tmp_path / "out", impatient()).made == 0
