@@ -122,6 +122,11 @@ class FetchConfig:
         _one_of("fetch.encode_format", self.encode_format, ENCODE_FORMATS)
         for name in self.ignore_opt_outs:
             _one_of("fetch.ignore_opt_outs", name, OPT_OUTS)
+        if self.encode_quality > (9 if self.encode_format == "png" else 100):
+            raise ConfigError(
+                f"fetch.encode_quality: {self.encode_quality} is too much for {self.encode_format}; expected 0 to 100, "
+                "for png the compression, 0 to 9"
+            )
         if not self.decode and (self.resize_mode != "no" or not self.skip_reencode):
             raise ConfigError("fetch.decode false: needs resize_mode no and skip_reencode true")
         for network in self.allow_addresses:

@@ -30,10 +30,10 @@ PLAN_COLUMNS = {
     "caption_words": "BIGINT",
 }
 FETCH_COLUMNS = {
-    **dict.fromkeys(("status", "error_message", "sha256", "reason", "value", "format"), "VARCHAR"),
+    **dict.fromkeys(("status", "error_message", "sha256", "reason", "value", "format", "exif"), "VARCHAR"),
     **dict.fromkeys(("width", "height", "original_width", "original_height"), "BIGINT"),
     **dict.fromkeys(("http_status", "bytes", "phash"), "BIGINT"),
-    **dict.fromkeys(("luma_mean", "luma_std", "entropy", "aspect"), "DOUBLE"),
+    **dict.fromkeys(("luma_mean", "luma_std", "entropy", "aspect", "blur", "dominant_share"), "DOUBLE"),
 }
 SIGNAL_COLUMNS = {"clip_score": "FLOAT"}
 

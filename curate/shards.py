@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SPLITS = ("train", "val", "test", "retain")
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic")
 OFFSET_COLUMNS = (
     "image_ext",
     "image_offset",

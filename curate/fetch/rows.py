@@ -34,12 +34,16 @@ RAW_COLUMNS = {
     "luma_mean": "double",
     "luma_std": "double",
     "entropy": "double",
+    "blur": "double",
+    "dominant_share": "double",
     "aspect": "double",
+    "exif": "string",
 }
 # Reasons that lie in the bytes that came, which img2dataset calls failed_to_resize.
 _OF_THE_BYTES = frozenset(
     {
         Reason.NOT_AN_IMAGE,
+        Reason.UNSUPPORTED_IMAGE,
         Reason.TOO_MANY_PIXELS,
         Reason.TOO_SMALL,
         Reason.TRUNCATED_IMAGE,
@@ -47,6 +51,7 @@ _OF_THE_BYTES = frozenset(
     }
 )
 _LONGEST_VALUE = 200
+_EXTENSIONS = {"jpeg": "jpg", "tiff": "tif"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,27 +85,51 @@ def rejected(reason: Reason, value: str, http_status: int | None = None) -> dict
 
 
 def picture(content: bytes, http_status: int | None, config: FetchConfig) -> Picture:
-    """Check, decode, scale, encode and measure a body. Runs in threads: the codecs release the GIL."""
-    from curate.images import Rejected, decode, pixel_signals, store
+    """Check, decode, resize, encode and measure a body. Runs in threads: the codecs release the GIL."""
+    from curate.images import Rejected
 
-    came = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    came = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "http_status": http_status}
     try:
-        decoded = decode(content, max_pixels=config.max_pixels, min_side=config.min_side, short_side=config.image_size)
+        found = _decoded(content, config) if config.decode else _looked_at(content, config)
     except Rejected as error:
         return Picture({**rejected(error.reason, error.value, http_status), **came})
-    stored = store(decoded, content, max_side=config.image_size, quality=config.encode_quality)
+    width, height = found.facts["original_width"], found.facts["original_height"]
+    aspect = round(max(width, height) / min(width, height), 4)
+    return Picture({**found.facts, **came, "status": SUCCESS, "aspect": aspect}, found.content, found.extension)
+
+
+def _decoded(content: bytes, config: FetchConfig) -> Picture:
+    from curate.images import Encoding, Resize, decode, pixel_signals, store
+
+    resize = Resize(config.resize_mode, config.image_size, config.resize_only_if_bigger)
+    encoding = Encoding(config.encode_format, config.encode_quality, config.skip_reencode)
+    decoded = decode(content, max_pixels=config.max_pixels, min_side=config.min_side, resize=resize)
+    stored = store(decoded, content, resize, encoding)
     height, width = stored.rgb.shape[:2]
-    long_side, short_side = max(decoded.width, decoded.height), min(decoded.width, decoded.height)
     facts = {
-        "status": SUCCESS,
         "width": width,
         "height": height,
         "original_width": decoded.width,
         "original_height": decoded.height,
-        "http_status": http_status,
         "format": decoded.format,
-        "aspect": round(long_side / short_side, 4),
-        **came,
+        "exif": decoded.exif,
         **pixel_signals(stored.rgb),
     }
     return Picture(facts, stored.content, stored.extension)
+
+
+def _looked_at(content: bytes, config: FetchConfig) -> Picture:
+    """What the header says, and the bytes as they came; no pixel is decoded."""
+    from curate.images import check_end, check_size, probe
+
+    header = probe(content)
+    check_size(header, config.max_pixels, config.min_side)
+    check_end(content, header)
+    facts = {
+        "width": header.width,
+        "height": header.height,
+        "original_width": header.width,
+        "original_height": header.height,
+        "format": header.format,
+    }
+    return Picture(facts, content, _EXTENSIONS.get(header.format, header.format))

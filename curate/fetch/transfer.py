@@ -27,7 +27,7 @@ from curate.config import FetchConfig
 from curate.fetch.budget import Budget
 from curate.fetch.guard import BlockedAddress, Guard, GuardedResolver
 from curate.fetch.manners import MAY_PASS, opt_out, retry_after_s
-from curate.images import SNIFF_BYTES, Rejected, sniff
+from curate.images import SNIFF_BYTES, Rejected, refusal, sniff
 from curate.ledger import Reason
 
 T = TypeVar("T")
@@ -232,8 +232,8 @@ class Transfer:
                 raise TransferError(Reason.TOO_LARGE, f"over {most} bytes", http_status=200)
             if not sniffed and len(body) >= SNIFF_BYTES:
                 sniffed = True
-                if sniff(body) is None:
-                    raise TransferError(Reason.NOT_AN_IMAGE, response.content_type, http_status=200)
+                if refused := refusal(body, response.content_type):
+                    raise TransferError(refused.reason, refused.value, http_status=200)
             if not has_memory and max(len(body), response.content_length or 0) > SMALL_BYTES:
                 known = response.content_length if coding.plain else None
                 await deadline.not_counting(held.enter_async_context(self._bodies.hold(known or most)))

@@ -1,4 +1,4 @@
-"""The turn of a host: limits over all processes, by the server's own log; what a dead process leaves; how limits adapt."""
+"""The turn of a host: limits over all processes, by the server's own log; what a dead process leaves; adaption."""
 
 import asyncio
 import fcntl

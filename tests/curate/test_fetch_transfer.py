@@ -61,7 +61,7 @@ BAD = {
     "reset in the body": (reset(head(headers={"Content-Length": "9999"}) + JPEG[:300]), Reason.BROKEN_TRANSFER, None),
     "closes at once": (raw(b""), Reason.BROKEN_TRANSFER, "before the answer"),
     "speaks no HTTP": (raw(b"220 mail.example.org ESMTP\r\n\r\n"), Reason.BAD_RESPONSE, None),
-    "HTML as JPEG": (page(b"<html><body>sorry</body></html>"), Reason.NOT_AN_IMAGE, "image/jpeg"),
+    "HTML as JPEG": (page(b"<html><body>sorry, not here</body></html>"), Reason.NOT_AN_IMAGE, "image/jpeg"),
     "HTML": (page(b"<!doctype html>" * 9, type_="text/html; charset=utf-8"), Reason.NOT_AN_IMAGE, "text/html"),
     "a few bytes": (page(b"no"), Reason.NOT_AN_IMAGE, "begins with 6e6f"),
     "empty": (page(b""), Reason.EMPTY_BODY, None),

@@ -1,19 +1,26 @@
 """Bytes → pixels → stored bytes and signals, against Pillow, NumPy and scikit-learn's photographs."""
 
 import io
+import json
 import struct
+import subprocess
+import sys
+import warnings
 import zlib
 from contextlib import suppress
 
+import cv2
 import numpy as np
+import pillow_heif
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from sklearn.datasets import load_sample_images
 
-from curate.images import Rejected, decode, phash, pixel_signals, probe, shrink, store
+from curate.images import Encoding, Rejected, Resize, decode, phash, pixel_signals, probe, resized, store
 from curate.ledger import Reason
 
 MANY = 50_000_000
+pillow_heif.register_heif_opener(thumbnails=False)
 CHINA, FLOWER = (np.asarray(image) for image in load_sample_images().images)
 
 
@@ -47,6 +54,11 @@ def mean_difference(a, b):
         ("WEBP", {"lossless": True}, "webp"),
         ("WEBP", {"quality": 80}, "webp"),
         ("WEBP", {"quality": 80, "exif": Image.Exif().tobytes() + b"x"}, "webp"),
+        ("BMP", {}, "bmp"),
+        ("TIFF", {}, "tiff"),
+        ("TIFF", {"compression": "tiff_lzw"}, "tiff"),
+        ("AVIF", {}, "avif"),
+        ("HEIF", {}, "heic"),
     ],
 )
 def test_the_header_alone_gives_format_and_size(kind, options, name):
@@ -54,12 +66,31 @@ def test_the_header_alone_gives_format_and_size(kind, options, name):
     assert (header.format, header.width, header.height) == (name, 123, 77)
 
 
-@pytest.mark.parametrize("kind", ["TIFF", "BMP", "ICO", "PPM", "EPS", "PDF"])
+@pytest.mark.parametrize("kind", ["PPM", "PDF", "TGA"])
 def test_other_formats_are_not_images_here(kind):
     assert reason_of(encoded(CHINA[:32, :32], kind)) is Reason.NOT_AN_IMAGE
 
 
-@pytest.mark.parametrize("content", [b"", b"x", b"<html><body>404</body></html>", b"<svg/>", b"\xff\xd8", bytes(1000)])
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg"),
+        (b"\xef\xbb\xbf <svg/>", "svg"),
+        (b"8BPS\0\1" + bytes(99), "psd"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0", "eps"),
+        (b"\xff\x0a" + bytes(99), "jxl"),
+        (b"\0\0\1\0\1\0" + bytes(99), "ico"),
+    ],
+)
+def test_images_that_nothing_here_decodes_are_told_by_their_kind(content, kind):
+    with pytest.raises(Rejected) as rejected:
+        decode(content, max_pixels=MANY)
+    assert (rejected.value.reason, rejected.value.value) == (Reason.UNSUPPORTED_IMAGE, kind)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"x", b"<html><body>404</body></html>", b"BM, said", b"\xff\xd8", bytes(1000)]
+)
 def test_what_is_no_image_is_told_so(content):
     assert reason_of(content) is Reason.NOT_AN_IMAGE
 
@@ -208,16 +239,148 @@ def test_an_animation_gives_its_first_frame(kind):
 @pytest.mark.parametrize("size", [(4000, 3000), (3001, 4003), (513, 700), (1200, 90)])
 def test_a_large_jpeg_is_decoded_small_but_never_below_the_side_asked_for(size):
     content = encoded(Image.fromarray(CHINA).resize(size))
-    decoded = decode(content, max_pixels=MANY, short_side=256)
+    decoded = decode(content, max_pixels=MANY, resize=Resize("keep_ratio", 256))
     assert (decoded.width, decoded.height) == size
     assert min(256, *size) <= min(decoded.rgb.shape[:2]) < max(600, min(size) // 2 + 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "most"),
+    [
+        ("BMP", {}, 0),
+        ("TIFF", {}, 0),
+        ("TIFF", {"compression": "tiff_lzw"}, 0),
+        ("AVIF", {"quality": 90}, 4),
+        ("HEIF", {"quality": 90}, 4),
+    ],
+)
+def test_rarer_formats_are_decoded(kind, options, most):
+    decoded = decode(encoded(CHINA[:99, :155], kind, **options), max_pixels=MANY)
+    assert decoded.rgb.shape == (99, 155, 3)
+    assert mean_difference(decoded.rgb, CHINA[:99, :155]) <= most
+    assert not decoded.plain
+
+
+def test_sixteen_bit_colour_is_scaled_and_not_clipped():
+    deep = (CHINA[:40, :50].astype(np.uint16) * 257)[..., ::-1]
+    content = cv2.imencode(".png", np.ascontiguousarray(deep))[1].tobytes()
+    assert np.abs(decode(content, max_pixels=MANY).rgb.astype(int) - CHINA[:40, :50]).max() <= 1
+
+
+def swapped_profile():
+    """A profile whose red and green primaries are exchanged: with it, red pixels look green."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for number in range(struct.unpack_from(">I", profile, 128)[0]):
+        entry = 132 + 12 * number
+        name = bytes(profile[entry : entry + 4])
+        swapped = {b"rXYZ": b"gXYZ", b"gXYZ": b"rXYZ"}.get(name, name)
+        profile[entry : entry + 4] = swapped
+        if name == b"desc":
+            offset, size = struct.unpack_from(">II", profile, entry + 4)
+            profile[offset + 12 : offset + size] = (
+                bytes(profile[offset + 12 : offset + size])
+                .replace(b"sRGB", b"swap")
+                .replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
+            )
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_colours_under_a_profile_become_srgb(kind):
+    red = Image.new("RGB", (40, 30), (200, 40, 40))
+    decoded = decode(encoded(red, kind, icc_profile=swapped_profile()), max_pixels=MANY)
+    seen = decoded.rgb[15, 20].astype(int)
+    assert seen[1] > 150 > seen[0]
+    assert not decoded.plain
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    same = decode(encoded(red, kind, icc_profile=srgb), max_pixels=MANY)
+    assert np.abs(same.rgb[15, 20].astype(int) - [200, 40, 40]).max() <= 3
+    assert same.plain == (kind != "TIFF")
+
+
+@pytest.mark.parametrize(
+    "profile", [b"rubbish", bytes(5_000_000), swapped_profile()[:300]], ids=["short", "huge", "cut"]
+)
+def test_a_broken_profile_is_ignored(profile):
+    red = Image.new("RGB", (40, 30), (200, 40, 40))
+    decoded = decode(encoded(red, "PNG", icc_profile=profile), max_pixels=MANY)
+    assert decoded.rgb[15, 20].tolist() == [200, 40, 40]
+
+
+def test_facts_of_the_camera_are_kept_and_those_of_the_place_are_not():
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0110], exif[0x0112] = "Maker\x1b[31m", "Model 1", 6
+    exif.get_ifd(0x8769).update({0x829D: 2.8, 0x8827: 200, 0x9003: "2024:01:02 03:04:05", 0xA431: "serial 4711"})
+    exif.get_ifd(0x8825).update({1: "N", 2: (48.0, 51.0, 29.0)})
+    facts = json.loads(decode(encoded(CHINA[:50, :50], exif=exif), max_pixels=MANY).exif)
+    assert facts == {
+        "Make": "Maker[31m",
+        "Model": "Model 1",
+        "Orientation": 6,
+        "FNumber": 2.8,
+        "ISOSpeedRatings": 200,
+        "DateTimeOriginal": "2024:01:02 03:04:05",
+    }
+    assert decode(encoded(CHINA[:50, :50]), max_pixels=MANY).exif is None
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from curate.config import FetchConfig
+from curate.fetch.rows import picture
+picture(Path(sys.argv[1]).read_bytes(), 200, FetchConfig(max_pixels=10**9))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+result = picture(Path(sys.argv[2]).read_bytes(), 200, FetchConfig(max_pixels=10**9))
+print(result.facts["status"], result.facts["value"] if "value" in result.facts else "")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "options"),
+    [
+        ("JPEG", (8000, 6200), {}),
+        ("JPEG", (8000, 6200), {"progressive": True, "subsampling": 2}),
+        ("PNG", (6000, 4000), {"mode": "RGBA"}),
+        ("PNG", (6000, 4000), {"mode": "P"}),
+        ("WEBP", (4000, 2800), {}),
+        ("AVIF", (4000, 2800), {"speed": 10}),
+        ("TIFF", (5000, 3000), {}),
+        ("GIF", (5000, 4000), {"mode": "P"}),
+    ],
+)
+def test_the_largest_that_is_decoded_takes_bounded_memory(tmp_path, kind, size, options):
+    mode = options.pop("mode", "RGB") if isinstance(options, dict) else "RGB"
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(encoded(CHINA[:40, :40], kind))
+    image = Image.linear_gradient("L").resize(size).convert(mode)
+    if mode == "RGBA":
+        image.putalpha(Image.linear_gradient("L").resize(size))
+    large.write_bytes(encoded(image, kind, **options))
+    ran = subprocess.run([sys.executable, "-c", PEAK, small, large], capture_output=True, text=True, check=True)
+    told, grown_mb = ran.stdout.splitlines()
+    assert told == "success "
+    assert float(grown_mb) < 230, f"{kind}: {grown_mb} MB"
+
+
+@pytest.mark.parametrize(("kind", "size"), [("PNG", (8000, 6000)), ("WEBP", (8000, 6000))])
+def test_what_would_take_more_is_refused_and_says_so(kind, size):
+    content = encoded(Image.new("RGB", size), kind)
+    with pytest.raises(Rejected) as rejected:
+        decode(content, max_pixels=MANY)
+    assert rejected.value.reason is Reason.TOO_MANY_PIXELS
+    assert "MB to decode" in rejected.value.value
 
 
 # --- storing ---------------------------------------------------------------------------------------------------------
 
 
-def stored(content, max_side=512, quality=95):
-    return store(decode(content, max_pixels=MANY, short_side=max_side), content, max_side=max_side, quality=quality)
+def stored(content, max_side=512, mode="keep_ratio", bigger=True, **encoding):
+    resize = Resize(mode, max_side, bigger)
+    return store(decode(content, max_pixels=MANY, resize=resize), content, resize, Encoding(**encoding))
 
 
 @pytest.mark.parametrize(("kind", "extension"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
@@ -259,10 +422,39 @@ def test_a_strip_too_long_for_a_jpeg_is_stored_as_png():
     assert stored(encoded(Image.new("L", (70_000, 20)), "PNG"), max_side=19).extension == "png"
 
 
-def test_side_zero_stores_the_bytes_as_they_came():
-    content = encoded(Image.fromarray(CHINA).quantize(), "GIF")
-    kept = stored(content, max_side=0)
-    assert (kept.content, kept.extension) == (content, "gif")
+@pytest.mark.parametrize(("kind", "extension"), [("jpg", "JPEG"), ("webp", "WEBP"), ("png", "PNG")])
+def test_each_encoding_gives_its_format(kind, extension):
+    quality = 3 if kind == "png" else 90
+    kept = stored(encoded(CHINA), only_if_changed=False, format=kind, quality=quality)
+    assert kept.extension == kind
+    with Image.open(io.BytesIO(kept.content)) as image:
+        assert image.format == extension
+        assert mean_difference(np.asarray(image.convert("RGB")), decode(encoded(CHINA), max_pixels=MANY).rgb) < 8
+
+
+MODES = ["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"]
+
+
+@pytest.mark.parametrize("bigger", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_geometry_is_img2datasets(mode, bigger):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from img2dataset.resizer import Resizer
+    theirs = Resizer(image_size=256, resize_mode=mode, resize_only_if_bigger=bigger, encode_quality=98)
+    sizes = ((640, 427), (427, 640), (1281, 855), (2048, 1366), (200, 150), (300, 120), (256, 256), (513, 257))
+    photos = [(FLOWER, size) for size in sizes] + [(CHINA, size) for size in ((640, 427), (600, 400), (320, 214))]
+    for photo, (width, height) in photos:
+        content = encoded(Image.fromarray(photo).resize((width, height), Image.Resampling.LANCZOS), quality=95)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            their_bytes, their_width, their_height, *_, error = theirs(io.BytesIO(content))
+        assert error is None
+        kept = stored(content, 256, mode, bigger, quality=98, only_if_changed=False)
+        ours, other = (np.asarray(Image.open(io.BytesIO(each)), dtype=float) for each in (kept.content, their_bytes))
+        assert kept.rgb.shape[1::-1] == (their_width, their_height)
+        noise = ((ours - other) ** 2).mean()
+        assert 10 * np.log10(255**2 / max(noise, 1e-9)) >= 35, (mode, bigger, width, height)
 
 
 def test_storing_is_deterministic():
@@ -300,7 +492,9 @@ def test_copies_hash_alike(number):
         np.asarray(smaller),
         np.asarray(Image.open(io.BytesIO(encoded(smaller, quality=60)))),
         np.asarray(Image.open(io.BytesIO(encoded(photo, "WEBP", quality=70))).convert("RGB")),
-        decode(encoded(Image.fromarray(photo).resize((1600, 1600))), max_pixels=MANY, short_side=200).rgb,
+        decode(
+            encoded(Image.fromarray(photo).resize((1600, 1600))), max_pixels=MANY, resize=Resize("keep_ratio", 200)
+        ).rgb,
     ]
     assert max(distance(hash_, phash(np.ascontiguousarray(copy))) for copy in copies) <= 6
 
@@ -343,15 +537,31 @@ def test_flat_images_hash_alike(value):
 
 
 def test_luma_figures_equal_their_definitions():
-    luma = np.asarray(Image.fromarray(CHINA).convert("L"), dtype=float)
+    tile = np.ascontiguousarray(CHINA[100:220, 50:178])  # small enough to be measured as it is
+    luma = np.asarray(Image.fromarray(tile).convert("L"), dtype=float)
     share = np.bincount(luma.astype(int).ravel(), minlength=256) / luma.size
-    signals = pixel_signals(CHINA)
+    signals = pixel_signals(tile)
     assert signals["luma_mean"] == pytest.approx(luma.mean(), abs=0.3)
     assert signals["luma_std"] == pytest.approx(luma.std(), abs=0.3)
     assert signals["entropy"] == pytest.approx(-(share[share > 0] * np.log2(share[share > 0])).sum(), abs=0.02)
-    assert pixel_signals(np.zeros((9, 9, 3), np.uint8)) == {"phash": 0, "luma_mean": 0, "luma_std": 0, "entropy": 0}
+    flat = {"phash": 0, "luma_mean": 0, "luma_std": 0, "entropy": 0, "blur": 0, "dominant_share": 1}
+    assert pixel_signals(np.zeros((9, 9, 3), np.uint8)) == flat
+
+
+def test_blur_and_the_dominant_colours_share_equal_their_definitions():
+    tile = np.ascontiguousarray(FLOWER[100:200, 100:220])  # small enough to be measured as it is
+    luma = cv2.cvtColor(tile, cv2.COLOR_RGB2GRAY).astype(float)
+    edge = np.pad(luma, 1, mode="reflect")
+    laplacian = edge[:-2, 1:-1] + edge[2:, 1:-1] + edge[1:-1, :-2] + edge[1:-1, 2:] - 4 * luma
+    signals = pixel_signals(tile)
+    assert signals["blur"] == pytest.approx(laplacian.var(), rel=1e-3)
+    _, counts = np.unique((tile // 16).reshape(-1, 3), axis=0, return_counts=True)
+    assert signals["dominant_share"] == pytest.approx(counts.max() / counts.sum(), abs=1e-4)
+    blurred = cv2.GaussianBlur(tile, (9, 9), 3)
+    assert pixel_signals(blurred)["blur"] < signals["blur"] / 10
 
 
 def test_shrinking_keeps_the_shape_of_the_whole_image():
-    decoded = decode(encoded(Image.fromarray(CHINA).resize((1003, 677))), max_pixels=MANY, short_side=100)
-    assert shrink(decoded, 100).shape == (100, 148, 3)
+    resize = Resize("keep_ratio", 100)
+    decoded = decode(encoded(Image.fromarray(CHINA).resize((1003, 677))), max_pixels=MANY, resize=resize)
+    assert resized(decoded.rgb, resize, decoded.width, decoded.height).shape == (100, 148, 3)

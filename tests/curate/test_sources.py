@@ -228,7 +228,7 @@ def test_a_compressed_tar_is_refused_with_the_way_out(tmp_path):
 
 
 def test_a_folder_that_img2dataset_made_is_curated_without_a_request(tmp_path):
-    """Its layout is our raw layout, so a folder that fetch made stands for it: with successes, failures and captions."""
+    """Its layout: STEM.tar beside STEM.parquet, with successes and failures in it."""
     folder = tmp_path / "made"
     folder.mkdir()
     with tarfile.open(folder / "00000.tar", "w") as tar:

@@ -1,0 +1,69 @@
+"""What the pixels of an image tell, measured on a small copy of it: its longer side SIDE pixels at most, by area."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from curate.images.colours import RGB
+
+SIDE = 128
+PIXEL_SIGNALS = ("phash", "luma_mean", "luma_std", "entropy", "blur", "dominant_share")
+
+
+def pixel_signals(rgb: RGB) -> dict[str, int | float]:
+    """The signals of an image.
+
+    - `phash`: see there.
+    - `luma_mean`, `luma_std`, of the luma (0–255); `entropy`: of its histogram, in bits.
+    - `blur`: the variance of the luma's Laplacian; low where nothing is sharp (Pech-Pacheco et al. 2000).
+    - `dominant_share`: of the most frequent colour, of 16 levels a channel.
+    """
+    small = _small(rgb)
+    luma = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
+    share = np.bincount(luma.ravel(), minlength=256) / luma.size
+    levels = np.arange(256.0)
+    mean = float(share @ levels)
+    seen = share[share > 0]
+    coarse = (small >> 4).astype(np.uint16)
+    colours = np.bincount(((coarse[..., 0] << 8) | (coarse[..., 1] << 4) | coarse[..., 2]).ravel())
+    _, spread = cv2.meanStdDev(cv2.Laplacian(luma, cv2.CV_16S))
+    return {
+        "phash": _phash_of_luma(luma),
+        "luma_mean": round(mean, 3),
+        "luma_std": round(math.sqrt(float(share @ (levels - mean) ** 2)), 3),
+        "entropy": round(abs(float(seen @ np.log2(seen))), 4),
+        "blur": round(float(spread[0, 0]) ** 2, 2),
+        "dominant_share": round(int(colours.max()) / luma.size, 4),
+    }
+
+
+def phash(rgb: RGB) -> int:
+    """A 64-bit perceptual hash, as a signed number.
+
+    Its bits say which of the 8 × 8 lowest DCT coefficients of the luma at 32 × 32 lie above their median. Copies of an
+    image that were scaled or re-encoded differ in few bits, different images in about 32 (Zauner 2010, pHash). The
+    first coefficient, the image's brightness, is left out: its bit is always 0. A flat image's hash is 0.
+    """
+    return _phash_of_luma(cv2.cvtColor(_small(rgb), cv2.COLOR_RGB2GRAY))
+
+
+def _small(rgb: RGB) -> RGB:
+    height, width = rgb.shape[:2]
+    factor = SIDE / max(width, height)
+    if factor >= 1:
+        return rgb
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    return np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+
+
+def _phash_of_luma(luma: npt.NDArray[Any]) -> int:
+    small = cv2.resize(luma, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
+    low = cv2.dct(small)[:8, :8].ravel()
+    bits = low > np.median(low[1:])
+    bits[0] = False
+    return int.from_bytes(np.packbits(bits).tobytes(), "big", signed=True)
