@@ -55,7 +55,10 @@ def _plan(config: BuildConfig) -> None:
 
     result = plan.run(str(config.urls), config.out, config.plan, parse_steps(config.filters))
     dropped = sum(result.dropped.values())
-    _say("plan", result.made, f"{result.rows:,} rows: {result.candidates:,} candidates, {dropped:,} dropped")
+    changed = (
+        f" ({result.new:,} new, {result.gone:,} gone)" if 0 < result.new < result.candidates or result.gone else ""
+    )
+    _say("plan", result.made, f"{result.rows:,} rows: {result.candidates:,} candidates{changed}, {dropped:,} dropped")
     if not result.candidates:
         raise UnwantedResult(f"{config.urls}: of {result.rows:,} rows none can be fetched: {_counts(result.dropped)}")
 
@@ -69,15 +72,9 @@ def _fetch(config: BuildConfig) -> None:
     failed = {reason: count for reason, count in result.counts.items() if reason != "success"}
     _say("fetch", bool(result.made), f"{arrived:,} of {total:,} images arrived")
     if total and (not arrived or arrived / total < config.fetch.min_yield):
-        forgotten = _forget_empty_shards(config.out)
-        way_out = (
-            f"the same command asks again for the {forgotten:,} shards in which nothing did"
-            if forgotten
-            else f"lower fetch.min_yield ({config.fetch.min_yield}), or delete files of raw/ to ask for them again"
-        )
         raise UnwantedResult(
             f"fetch: only {arrived:,} of {total:,} images arrived ({_counts(failed)}; by shard in "
-            f"{config.out / 'raw'}/*_stats.json); {way_out}"
+            f"{config.out / 'raw'}/*_stats.json); --retry-failed asks again for those whose reason may pass"
         )
 
 
@@ -192,24 +189,6 @@ def holding(folder: Path) -> Iterator[None]:
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
-
-
-def _forget_empty_shards(out: Path) -> int:
-    """After an outage: raw shards in which nothing arrived are removed, so that the next run asks for them again.
-
-    Returns:
-        How many.
-    """
-    import pyarrow.parquet as pq
-
-    empty = [
-        path
-        for path in (out / "raw").glob("*.parquet")
-        if "success" not in pq.read_table(path, columns=["status"])["status"].to_pylist()
-    ]
-    for path in empty:
-        path.unlink()
-    return len(empty)
 
 
 def _needs(path: Path, stage: str) -> None:

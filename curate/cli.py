@@ -5,6 +5,7 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -16,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 
 from curate.config import BuildConfig
-from curate.errors import CliptailorError
+from curate.errors import CliptailorError, UnwritableDisk
 from curate.options import add_config, as_config, new_parser, parse
 
 COMMANDS = {
@@ -34,6 +35,8 @@ COMMANDS = {
 }
 INTERRUPTED = "curate: interrupted; what is done is kept, the same command continues\n"
 GRACE_S = 5.0
+# The disk's or the system's limits, which no row and no bug is to blame for.
+FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE))
 DEFAULT_RECIPE = "default.yaml"
 
 
@@ -50,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if received or isinstance(error, KeyboardInterrupt):
                 sys.stderr.write(INTERRUPTED)
                 sys.exit(128 + (received or [signal.SIGINT])[0])
+            if isinstance(error, OSError) and error.errno in FULL:
+                where = f" ({error.filename})" if error.filename else ""
+                error = UnwritableDisk(f"{error.strerror}{where}; what is done is kept, the same command continues")
             if not isinstance(error, CliptailorError):
                 raise
             print(f"curate: {error}", file=sys.stderr)

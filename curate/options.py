@@ -124,12 +124,26 @@ def parse(parser: ArgumentParser, arguments: Sequence[str], configs: dict[str, t
     """
     config = configs.get(arguments[0]) if arguments else None
     if config:
+        arguments = _spelled_out(arguments, config)
         for path in _config_files(arguments):
             check_keys(path, config)
     try:
         return parser.instantiate(parser.parse_args(list(arguments)))
     except argparse.ArgumentError as error:
         raise ConfigError(_one_line(str(error), config)) from error
+
+
+def _spelled_out(arguments: Sequence[str], config: type) -> list[str]:
+    """Flags with hyphens as keys with underscores, and a true-or-false flag without a value as true."""
+    switches = {f"--{key}" for key, _ in _documented(config) if _hint_of(config, key) is bool}
+    words = []
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            flag = "--" + flag[2:].replace("-", "_")
+        alone = flag in switches and not equals and following.lower() not in ("true", "false")
+        words.append(f"{flag}=true" if alone else flag + equals + value)
+    return words
 
 
 def read_config(path: Path, config: type[Config]) -> Config:

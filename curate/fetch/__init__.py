@@ -230,6 +230,7 @@ def _work(config: FetchConfig, state: Path) -> Work:
     if config.engine == "img2dataset":
         from curate.fetch import img2dataset
 
+        img2dataset.prepare()
         return partial(img2dataset.open_worker, state=state, config=config)
     from curate.fetch import engine
 

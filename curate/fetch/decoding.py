@@ -68,6 +68,7 @@ class Decoder:
         path = journal_of(stem)
         suspects = frozenset(path.read_text().split()) if path.exists() else frozenset()
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        os.pwrite(file, b" " * SLOT_BYTES * THREADS, 0)
         try:
             yield Journal(file, suspects)
         finally:

@@ -1,7 +1,7 @@
 """What of an old raw shard still holds, so that a changed list or a second try asks for no more than it must.
 
-A row of the plan that was fetched before under the same settings keeps what it got: the facts, and the bytes in the old
-tar. Its own columns come from the new plan.
+A row of the plan whose URL was fetched before under the same settings keeps what it got: the facts, and the bytes in
+the old tar. Its own columns, caption and all, come from the new plan.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def keep(task: ShardTask, rows: list[Row], write: Callable[[Row, Picture], None]
     reader, left = MemberReader([task.known.with_suffix(".tar")]), []
     try:
         for row in rows:
-            result = old.get(row["key"])
-            kept = _picture(result, reader) if result is not None and result["url"] == row["url"] else None
+            result = old.get(row["url"])
+            kept = _picture(result, reader) if result is not None else None
             if kept is None:
                 left.append(row)
             else:
@@ -66,17 +66,17 @@ def keep(task: ShardTask, rows: list[Row], write: Callable[[Row, Picture], None]
 
 
 def _results(stem: Path, retry: bool) -> dict[str, Row]:
-    """The results of an old shard by key; none if it cannot be read."""
+    """The results of an old shard by URL; none if it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = ["key", "url", *RAW_COLUMNS, "image_ext", "image_offset", "image_size"]
+    columns = ["url", *RAW_COLUMNS, "image_ext", "image_offset", "image_size"]
     try:
         table = pq.read_table(stem.with_suffix(".parquet"), columns=columns, page_checksum_verification=True)
     except (OSError, pa.ArrowException):
         return {}
     return {
-        row["key"]: row
+        row["url"]: row
         for row in table.to_pylist()
         if not is_asked_again(row["reason"], row["http_status"], retry=retry)
     }

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from curate.config import OPT_OUTS
 from curate.html import clip, count, share, size, visible
 from curate.report.definitions import limits
 
@@ -43,6 +44,7 @@ def card(out: Path, figures: Mapping[str, Any], config: Mapping[str, Any], finge
         _splits(out, figures),
         _funnel(figures),
         _how(config, fingerprint),
+        _manners(config),
         "## What to know before use\n\n" + "\n".join(f"- {note}" for note in limits(config.get("filters") or [])),
         BEGIN + _yours(out / "README.md") + END,
     )
@@ -165,6 +167,25 @@ def _how(config: Mapping[str, Any], fingerprint: str) -> str:
         f"## How it was made\n\nFingerprint `{fingerprint}`. `manifest.json` has the configuration, the versions and "
         f"the sha256 of each file.\n\n{fence}yaml\n{written}\n{fence}"
     )
+
+
+def _manners(config: Mapping[str, Any]) -> str:
+    """How the sites were treated that the images come from."""
+    fetch = config.get("fetch") or {}
+    if fetch.get("engine") == "img2dataset":
+        text = "Images were downloaded by img2dataset, which asks no robots.txt and keeps no limit per host. "
+        heeded = [name for name in OPT_OUTS if name not in ("robots.txt", "tdm-reservation")]
+    else:
+        rate = fetch.get("per_host_rate")
+        text = f"No host was asked for more than {fetch.get('per_host')} images at once"
+        text += f" or {rate:g} a second. " if rate else ". "
+        heeded = list(OPT_OUTS)
+    ignored = [name for name in heeded if name in (fetch.get("ignore_opt_outs") or [])]
+    heeded = [name for name in heeded if name not in ignored]
+    text += f"Opt-outs that were heeded: {', '.join(heeded) or 'none'}. "
+    if ignored:
+        text += f"**By choice of whoever made this dataset these were ignored: {', '.join(ignored)}.**"
+    return f"## How the sites were treated\n\n{text.strip()}"
 
 
 def _yours(path: Path) -> str:

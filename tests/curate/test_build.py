@@ -180,7 +180,7 @@ def test_too_few_images_are_status_3_with_a_way_out(web: WebServer, tmp_path: Pa
     words = command(write_list(web, tmp_path), tmp_path / "dataset", "--fetch.min_yield", "0.95")
     said = run(words, status=3).stderr
     assert "14 of 15 images arrived (http_status 1;" in said
-    assert "lower fetch.min_yield (0.95)" in said
+    assert "--retry-failed asks again" in said
 
 
 def test_a_stage_alone_that_keeps_nothing_is_status_3(web: WebServer, tmp_path: Path) -> None:
@@ -191,13 +191,66 @@ def test_a_stage_alone_that_keeps_nothing_is_status_3(web: WebServer, tmp_path: 
     assert "all 16 rows were dropped" in run(words, status=3).stderr
 
 
-def test_an_outage_is_status_3_and_the_next_run_asks_again(web: WebServer, tmp_path: Path) -> None:
-    pages, web.pages = web.pages, {}
-    words = command(write_list(web, tmp_path), tmp_path / "dataset")
+def test_retry_failed_asks_again_for_what_may_pass_and_for_nothing_else(web: WebServer, tmp_path: Path) -> None:
+    out = tmp_path / "dataset"
+    pages = web.pages
+    web.pages = {path: page(b"", status=404 if path == "/1.jpg" else 503) for path in pages}
+    words = command(write_list(web, tmp_path), out)
     said = run(words, status=3).stderr
     assert "0 of 15 images arrived (http_status 15;" in said
-    assert "asks again for the 3 shards in which nothing did" in said
     web.pages = pages
+    run(words, status=3)  # a failed row is a result like any other
+    asked = dict(web.asked)
+    run([*words, "--retry-failed"])
+    again = {path for path, count in web.asked.items() if count > asked[path]}
+    assert again == {path for path in asked if path.endswith(".jpg")} - {"/1.jpg", "/gone.jpg"}
+    run([*words, "--retry-failed"])
+    ledger = pd.read_parquet(out / "ledger.parquet")
+    assert ledger["reason"].value_counts().to_dict() == {"http_status": 2, "empty_url": 1, "dedup": 1, "where": 1}
+
+
+def test_only_the_new_rows_of_a_list_that_grew_are_asked_for(web: WebServer, tmp_path: Path) -> None:
+    out, fresh = tmp_path / "dataset", tmp_path / "fresh"
+    urls = write_list(web, tmp_path)
+    rows = pd.read_parquet(urls)
+    rows.iloc[:9].to_parquet(urls)
+    run(command(urls, out))
+    asked = dict(web.asked)
+    grown = pd.concat([rows.iloc[9:11], rows.iloc[1:9], rows.iloc[11:]])  # one gone, two in front, the rest at the end
+    grown.to_parquet(urls)
+    assert "(6 new, 1 gone)" in run(command(urls, out)).stderr
+    again = {path for path, count in web.asked.items() if count > asked.get(path, 0)}
+    assert again == {"/9.jpg", "/10.jpg", "/11.jpg", "/copy.jpg", "/narrow.jpg", "/gone.jpg"}
+    run(command(urls, fresh))
+    for path in sorted((fresh / "shards").iterdir()):  # a Parquet's metadata name the raw shards, which differ
+        ours = out / "shards" / path.name
+        if path.suffix == ".tar":
+            assert ours.read_bytes() == path.read_bytes()
+        else:
+            pd.testing.assert_frame_equal(pd.read_parquet(ours), pd.read_parquet(path))
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "ledger.parquet"), pd.read_parquet(fresh / "ledger.parquet"))
+
+
+def test_what_is_redone_for_another_setting_is_said(web: WebServer, tmp_path: Path) -> None:
+    urls = write_list(web, tmp_path)
+    run(command(urls, tmp_path / "dataset"))
+    said = run(command(urls, tmp_path / "dataset", "--fetch.image-size", "30"), status=3).stderr
+    assert "shards are fetched again: fetch.image_size was 512, is 30" in said
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_continues(web: WebServer, tmp_path: Path) -> None:
+    """The limit on the size of a file is a disk that ends there."""
+    words = command(write_list(web, tmp_path), tmp_path / "dataset")
+    program = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, resource.RLIM_INFINITY));"
+        "sys.argv = sys.argv[1:]; runpy.run_module('curate.cli', run_name='__main__')"
+    )
+    limited = [sys.executable, "-c", program, "curate", *words[3:]]
+    ran = subprocess.run(limited, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 1, ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert "File too large" in ran.stderr.splitlines()[-1]
     run(words)
 
 
