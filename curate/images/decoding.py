@@ -192,6 +192,8 @@ def _decode_other(content: bytes, header: Header, max_pixels: int) -> Decoded:
     with open_image(content, header.format) as image:
         # A frame can be larger than its screen.
         check_size(Header(header.format, *image.size), max_pixels)
+        if header.format == "png":
+            image.load()  # getexif would, and a second load of broken pixels is silent and black
         # Pillow has turned AVIF and HEIC upright already.
         orientation, exif = _exif(image)
         orientation = 1 if header.format in ("avif", "heic") else orientation
@@ -212,7 +214,7 @@ def _without_large_notes(content: bytes) -> bytes:
     while place + 8 <= len(content):
         end = place + 12 + int.from_bytes(content[place : place + 4], "big")
         name = content[place + 4 : place + 8]
-        is_large = end - place > _LARGEST_NOTE or (name == b"iCCP" and _unpacks_large(content[place + 8 : end - 4]))
+        is_large = end - place > _LARGEST_NOTE or (name in (b"iCCP", b"zTXt") and _unpacks_large(content[place + 8 : end - 4]))
         if name not in (b"zTXt", b"iTXt", b"tEXt", b"iCCP") or not is_large:
             kept.append(content[place:end])
         if name == b"IDAT":

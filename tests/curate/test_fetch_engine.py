@@ -131,16 +131,16 @@ def test_when_the_network_comes_back_every_row_is_asked_again(tmp_path, caplog, 
         for host in hosts:
             one = WebServer(host)
             one.port = port
-            one.__enter__()
             for number in range(40):
                 one.add(f"/{number}.jpg", page(jpeg(number)))
+            one.__enter__()
             servers.append(one)
 
     timer = threading.Timer(2.0, open_later)
     timer.start()
     try:
         with caplog.at_level(logging.INFO, "cliptailor"):
-            rows = fetch_here(tmp_path, urls, impatient(outage_s=30.0))
+            rows = fetch_here(tmp_path, urls, impatient(outage_s=30.0, retries=6, backoff_s=0.5))
     finally:
         timer.join()
         for one in servers:
