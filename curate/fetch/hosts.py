@@ -126,7 +126,8 @@ class Hosts:
         with self._locked():
             self._numbers[place + NOT_BEFORE] = max(self._numbers[place + NOT_BEFORE], now + wait_s)
             if now - self._numbers[place + LOWERED_AT] > ONE_SIGN_S:
-                self._numbers[place + LOWERED] += self._limit(place) / 2
+                least = self.per_host * LEAST_SHARE
+                self._numbers[place + LOWERED] = self.per_host - max(least, self._limit(place) / 2)
                 self._numbers[place + LOWERED_AT] = now
         self._slowed.add(host)
 
@@ -166,7 +167,7 @@ class Hosts:
         os.close(self._file)
 
     def _limit(self, place: int) -> float:
-        return max(self.per_host * LEAST_SHARE, self.per_host - self._numbers[place + LOWERED])
+        return self.per_host - self._numbers[place + LOWERED]
 
     def _in_flight(self, slot: int) -> int:
         return sum(self._counts[worker * SLOTS + slot] for worker in range(self._workers))

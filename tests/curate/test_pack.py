@@ -158,7 +158,7 @@ def test_more_raw_shards_than_a_process_may_open(tmp_path, monkeypatch):
 
     rows = [row(n, noise(n, 8)) for n in range(120)]
     out = fetched(tmp_path / "out", rows, shard_size=1)
-    assert len(list((out / "raw").glob("*.tar"))) == 120
+    assert len(list((out / "raw").glob("*.tar"))) > 60  # more than may be open below
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     monkeypatch.setattr("curate.shards.MAX_OPEN_TARS", 8)
     monkeypatch.setattr("curate.database.FILES_AT_ONCE", 20)
