@@ -93,6 +93,7 @@ _ODD_SPACE = r"^ |  | $|[\t-\r\x1C-\x1F\x{85}]|[^\P{Z} ]|^$"
 _BLANK = r"[\s\p{Z}\x{FEFF}\x{200B}]+"
 _WORD = r"[^\s\p{Z}]+"
 _HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#@\\]*@)?(\[[^\]/?#]+\]|[^/?#:@\\]+)"
+_USER = r"^([A-Za-z][A-Za-z0-9+.-]*://)[^/?#\\]*@"
 _OTHER_SCHEME = r"^([A-Za-z][A-Za-z0-9+.-]*):(?://)"
 # Schemes that are written without // too; `example.com:80/a.jpg` must not count as one.
 _BARE_SCHEME = r"^(data|file|javascript|mailto|blob|about|ftp|cid):"
@@ -303,8 +304,9 @@ def _no_plan() -> pa.Table:
 
 
 def _stripped(url: str) -> str:
-    long_way = f"regexp_replace(coalesce({url}, ''), '^{_BLANK}|{_BLANK}$', '', 'g')"
-    return f"CASE WHEN {_is_plain(url)} THEN {url} ELSE {long_way} END"
+    """SQL: a URL without white space around it, and without a user's name and password, which no file should hold."""
+    bare = f"regexp_replace(coalesce({url}, ''), '^{_BLANK}|{_BLANK}$', '', 'g')"
+    return f"CASE WHEN {_is_plain(url)} THEN {url} ELSE regexp_replace({bare}, '{_USER}', '\\1') END"
 
 
 def _is_plain(url: str) -> str:

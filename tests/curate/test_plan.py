@@ -328,3 +328,21 @@ def test_a_list_that_is_not_there_or_mixed_is_told(tmp_path):
         run(tmp_path, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"plan.columns.url: .* no column 'urll'\. Did you mean 'url'\?"):
         run(tmp_path / "l.csv", tmp_path / "out", url_column="urll")
+
+
+def test_a_users_name_and_password_are_in_no_file(tmp_path):
+    secret = "hunter2"
+    urls = [
+        f"http://me:{secret}@a.test/1.jpg",
+        f"https://me:p@{secret}@b.test/2.jpg?at=x@y",
+        f" ftp://me:{secret}@c.test/",
+    ]
+    rows = [{"url": url, "caption": f"{n} x"} for n, url in enumerate(urls)]
+    run(write(tmp_path / "l.parquet", rows), tmp_path / "out")
+    (planned,) = (tmp_path / "out" / "plan").glob("[0-9]*.parquet")
+    assert sorted(row["url"] for row in pq.read_table(planned).to_pylist()) == [
+        "http://a.test/1.jpg",
+        "https://b.test/2.jpg?at=x@y",
+    ]
+    for path in (tmp_path / "out" / "plan").glob("*.parquet"):
+        assert secret not in repr(pq.read_table(path).to_pylist())
