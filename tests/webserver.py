@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import socket
+import ssl
 import struct
 import threading
 from collections import Counter
@@ -51,8 +52,8 @@ class WebServer:
         most_at_once: most requests being answered at one time.
     """
 
-    def __init__(self, host: str = "127.0.0.1") -> None:
-        self.host, self.port = host, 0
+    def __init__(self, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> None:
+        self.host, self.port, self.tls = host, 0, tls
         self.pages: dict[str, Behaviour] = {}
         self.asked: Counter[str] = Counter()
         self.headers: dict[str, Mapping[str, str]] = {}
@@ -66,7 +67,7 @@ class WebServer:
         return self
 
     async def _listen(self) -> None:
-        self._server = await asyncio.start_server(self._serve, self.host, self.port)
+        self._server = await asyncio.start_server(self._serve, self.host, self.port, ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
 
     def __exit__(self, *_: object) -> None:
@@ -88,7 +89,8 @@ class WebServer:
         return self.url(path)
 
     def url(self, path: str) -> str:
-        return f"http://{self.host}:{self.port}{path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http{'s' if self.tls else ''}://{host}:{self.port}{path}"
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1

@@ -213,7 +213,7 @@ def _fetch(todo: list[ShardTask], state: Path, config: FetchConfig) -> None:
     robots.prepare(state / "robots.sqlite")
     with Teller(todo) as teller:
         workers = run_over(
-            _work(config, state),
+            _work(config, state, has_urls=todo[0].root is None),
             todo,
             processes=processes,
             on_report=teller.report,
@@ -226,8 +226,8 @@ def _fetch(todo: list[ShardTask], state: Path, config: FetchConfig) -> None:
                     teller.report(outcome.item, {"counts": counts, "bytes": 0, "throttled": [], "paused": 0.0})
 
 
-def _work(config: FetchConfig, state: Path) -> Work:
-    if config.engine == "img2dataset":
+def _work(config: FetchConfig, state: Path, *, has_urls: bool) -> Work:
+    if config.engine == "img2dataset" and has_urls:
         from curate.fetch import img2dataset
 
         img2dataset.prepare()

@@ -31,6 +31,7 @@ from yarl import URL
 
 from curate.config import FetchConfig
 from curate.fetch import local, reuse
+from curate.fetch.budget import Budget
 from curate.fetch.decoding import Decoder, Journal
 from curate.fetch.frontier import Errand, Frontier
 from curate.fetch.guard import Guard
@@ -41,6 +42,7 @@ from curate.fetch.robots import MOST_BYTES, Robots
 from curate.fetch.rows import SUCCESS, Picture, raw_schema, rejected
 from curate.fetch.task import ShardTask
 from curate.fetch.transfer import (
+    BODIES_BYTES,
     Body,
     Page,
     Transfer,
@@ -60,6 +62,8 @@ LOOKUP_THREADS = 64
 REPORT_EVERY_S = 0.5
 # An origin whose robots.txt cannot be read is left alone at first for so many times the first back-off.
 FIRST_ROBOTS_PAUSE = 5
+# A row that fails in more outages than this may itself be what looks like one: each further one costs it a try.
+MOST_OUTAGES = 8
 
 
 @asynccontextmanager
@@ -142,6 +146,7 @@ class Engine:
             lambda address: reach(address, guard, config.connect_timeout_s), config.outage_s, self._stand, self._again
         )
         self.shards: dict[int, Shard] = {}
+        self._files = Budget(BODIES_BYTES)
         self._numbers = count()
         self._slots = asyncio.Semaphore(config.connections)
         self._hops: set[asyncio.Task[None]] = set()
@@ -183,7 +188,7 @@ class Engine:
             return await self.decoder.picture(body, key, shard.journal)
 
         assert shard.task.root
-        await local.fetch(rows, shard.task.root, self.config.max_bytes, shard.write, use)
+        await local.fetch(rows, shard.task.root, self.config.max_bytes, self._files, shard.write, use)
 
     async def _fetch(self, shard: Shard, rows: list[Row]) -> None:
         errands = []
@@ -340,9 +345,14 @@ class Engine:
             self._retry_or_end(errand, error)
 
     def _again(self, held: Any) -> None:
-        for errand, _ in held:
-            self._start_over(errand)
-            self.frontier.add(errand)
+        self.robots.forget_unreached()
+        for errand, error in held:
+            errand.outages += 1
+            if errand.outages > MOST_OUTAGES:
+                self._retry_or_end(errand, error)
+            else:
+                self._start_over(errand)
+                self.frontier.add(errand)
 
     # --- telling -----------------------------------------------------------------------------------------------------
 

@@ -46,6 +46,7 @@ class Errand:
         hops: redirects that may still be followed.
         left_s: seconds left for all its hops.
         tries: how often it failed.
+        outages: how often it failed for an outage, which is no try.
         queued: when it was last put into the queue, in monotonic seconds.
         had_its_try: whether its first try is over.
     """
@@ -56,6 +57,7 @@ class Errand:
     hops: int
     left_s: float
     tries: int = 0
+    outages: int = 0
     queued: float = 0.0
     had_its_try: bool = False
 

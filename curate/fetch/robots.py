@@ -52,6 +52,8 @@ PARSED_CHARACTERS, ENTRY_CHARACTERS = 512 << 10, 128
 LOOK_EVERY_S = 0.05
 # What is wrong with the host itself, whichever of its pages is asked for.
 _OF_THE_HOST = (Reason.BAD_URL, Reason.BLOCKED_ADDRESS, Reason.TLS)
+# No server was reached.
+_OF_THE_NETWORK = (Reason.DNS, Reason.CONNECT, Reason.TIMEOUT)
 _AGENT_LINE = re.compile(r"user[\s-]?agent\s*[:\s]\s*(.*)", re.IGNORECASE)
 # Said of the whole site; stands between the lines of a group without ending it.
 _SITE_LINE = re.compile(r"(sitemap|site-map|host)\s*[:\s]", re.IGNORECASE)
@@ -134,6 +136,13 @@ class Robots:
             entry = await self._entry(origin)
             self._remember(entry)
         return entry.verdict(target)
+
+    def forget_unreached(self) -> None:
+        """After an outage: ask anew where no server was reached, as if nobody had tried."""
+        marks = ", ".join("?" * len(_OF_THE_NETWORK))
+        self._db.execute(f"DELETE FROM origins WHERE reason IN ({marks})", [reason.value for reason in _OF_THE_NETWORK])
+        for origin in [origin for origin, entry in self._known.items() if entry.reason in _OF_THE_NETWORK]:
+            self._characters -= self._known.pop(origin).size
 
     async def close(self) -> None:
         """End what is being read and close the database."""
@@ -313,7 +322,7 @@ def _unreachable(value: str, retry_after_s: float | None = None) -> TransferErro
 
 def _as_error(reason: Reason, value: str, pause_s: float) -> TransferError:
     """What a URL of the origin ends as, for now; asking again is worth it when the origin is asked again."""
-    is_network = reason in (Reason.DNS, Reason.CONNECT, Reason.TIMEOUT)
+    is_network = reason in _OF_THE_NETWORK
     may_pass = reason not in _OF_THE_HOST and value != "no such host"
     return TransferError(
         reason, value, may_pass=may_pass, is_network=is_network, retry_after_s=max(0.0, pause_s) if may_pass else None

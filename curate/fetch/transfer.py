@@ -14,9 +14,11 @@ import ssl
 import sys
 import zlib
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any, TypeVar
 
 import aiohttp
@@ -343,10 +345,18 @@ async def reach(address: tuple[str, int], guard: Guard, timeout_s: float) -> Non
 
     async def connect() -> None:
         loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        with guard.socket(found[0]) as opened:
-            opened.setblocking(False)
-            await loop.sock_connect(opened, found[0][4])
+        # A thread of its own: those that look up names for requests may all hang on names that nobody answers for.
+        thread = ThreadPoolExecutor(1, thread_name_prefix="probe")
+        try:
+            found = await loop.run_in_executor(thread, partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM))
+        finally:
+            thread.shutdown(wait=False)
+        for place in found:
+            with suppress(OSError), guard.socket(place) as opened:
+                opened.setblocking(False)
+                await loop.sock_connect(opened, place[4])
+                return
+        raise OSError(f"{host} cannot be reached")
 
     await asyncio.wait_for(connect(), timeout_s)
 

@@ -6,7 +6,6 @@ import resource
 import socket
 import time
 
-import aiohttp
 import pytest
 from aiohttp.abc import AbstractResolver
 
@@ -351,33 +350,6 @@ def test_a_redirect_to_a_port_that_is_not_allowed_reaches_no_listener(server, tm
         assert server.asked["/302.jpg"] == 1
 
 
-def test_loopback_is_refused_unless_allowed(server, tmp_path):
-    spellings = [
-        "127.0.0.1",
-        "0.0.0.0",
-        "[::ffff:127.0.0.1]",
-        "①②⑦.0.0.1",
-        "127.0.0.1.",
-        "127.1",
-        "2130706433",
-        "0177.0.0.1",
-    ]
-    urls = [f"http://{host}:{server.port}/a.jpg" for host in spellings]
-    rows = fetch_here(tmp_path, urls, impatient(allow_addresses=[]))
-    assert {row["reason"] for row in rows} <= {"blocked_address", "bad_url"}
-    assert rows[0]["reason"] == "blocked_address"
-    assert server.accepted == 0
-
-
-@pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
-def test_a_proxy_in_the_environment_is_not_used(server, tmp_path, monkeypatch, name):
-    with WebServer() as proxy:
-        monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
-        (row,) = fetch_here(tmp_path, [server.add("/a.jpg", page(JPEG))], impatient())
-        assert row["status"] == "success"
-        assert proxy.accepted == 0
-
-
 class Answers(AbstractResolver):
     """Gives each look-up the next of its answers; a number is an error's."""
 
@@ -415,35 +387,6 @@ def test_a_name_that_resolves_to_an_allowed_address_is_fetched(server):
     assert get(f"http://pictures.example:{server.port}/a.jpg", impatient(), Answers(["127.0.0.1"])) == JPEG
 
 
-def test_a_name_with_one_forbidden_answer_is_refused_whole(server):
-    with pytest.raises(TransferError) as refused:
-        get(f"http://pictures.example:{server.port}/", impatient(), Answers(["127.0.0.1", "10.0.0.1"]))
-    assert (refused.value.reason, refused.value.value) == (Reason.BLOCKED_ADDRESS, f"10.0.0.1:{server.port}")
-    assert server.accepted == 0
-
-
-def test_a_name_that_rebinds_between_two_tries_is_refused_at_the_second(server):
-    server.add("/a.jpg", raw(b""))
-    config = impatient(allow_addresses=["127.0.0.1/32"])
-    resolver = Answers(["127.0.0.1"], ["127.0.0.2"])
-
-    async def body(result):
-        return result.content
-
-    async def twice():
-        async with open_session(config, resolver) as session:
-            assert isinstance(session.connector, aiohttp.TCPConnector)
-            transfer, target = Transfer(session, config), parse_target(f"http://pictures.example:{server.port}/a.jpg")
-            with pytest.raises(TransferError) as first:
-                await transfer.hop(target, 5.0, body)
-            session.connector.clear_dns_cache()
-            with pytest.raises(TransferError) as second:
-                await transfer.hop(target, 5.0, body)
-            return first.value.reason, second.value.reason
-
-    assert asyncio.run(twice()) == (Reason.BROKEN_TRANSFER, Reason.BLOCKED_ADDRESS)
-
-
 def test_a_name_that_does_not_exist_will_not_pass_and_a_failing_resolver_may():
     with pytest.raises(TransferError) as unknown:
         get("http://nowhere.example/", impatient(), Answers(socket.EAI_NONAME))
@@ -460,11 +403,6 @@ def test_a_port_where_nobody_listens_is_connect(tmp_path):
         port = closed.getsockname()[1]
     (row,) = fetch_here(tmp_path, [f"http://127.0.0.1:{port}/a.jpg"], impatient())
     assert row["reason"] == "connect"
-
-
-def test_a_port_that_accepts_and_never_speaks_tls_is_tls_or_timeout(server, tmp_path):
-    (row,) = fetch_here(tmp_path, [f"https://127.0.0.1:{server.port}/a.jpg"], impatient())
-    assert row["reason"] in ("tls", "timeout", "robots_unreachable")
 
 
 # --- the shard -------------------------------------------------------------------------------------------------------
