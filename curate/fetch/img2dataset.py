@@ -38,7 +38,7 @@ from yarl import URL
 
 from curate.config import FetchConfig
 from curate.errors import ConfigError
-from curate.fetch import DIED, local, reuse
+from curate.fetch import DIED, reuse
 from curate.fetch.decoding import Decoder
 from curate.fetch.engine import (
     LOOKUP_THREADS,
@@ -55,7 +55,7 @@ from curate.fetch.engine import (
 from curate.fetch.guard import BlockedAddress, Guard
 from curate.fetch.img2dataset_errors import from_words, lookup_failed
 from curate.fetch.outage import Watch
-from curate.fetch.rows import SUCCESS, Picture, raw_schema
+from curate.fetch.rows import SUCCESS, raw_schema
 from curate.fetch.task import ShardTask
 from curate.fetch.transfer import Body, TransferError, parse_target, reach
 from curate.ledger import Reason
@@ -244,15 +244,9 @@ class Engine:
                 tell(lambda: self._progress(shard))
                 rows = await asyncio.to_thread(reuse.keep, task, candidates.to_pylist(), shard.keep)
                 async with self._one_at_a_time:
-                    await (self._fetch(shard, rows) if task.root is None else self._read(shard, rows, task.root))
+                    await self._fetch(shard, rows)
             await asyncio.to_thread(writer.sort_rows)
             _write_stats(task.stem, shard.counts, time.monotonic() - started)
-
-    async def _read(self, shard: Shard, rows: list[Row], root: Path) -> None:
-        async def use(body: Body, key: str) -> Picture:
-            return await self.decoder.picture(body, key, shard.journal)
-
-        await local.fetch(rows, root, self.config.max_bytes, shard.write, use)
 
     async def _fetch(self, shard: Shard, rows: list[Row]) -> None:
         errands: dict[str, Errand] = {}
@@ -374,7 +368,7 @@ class Engine:
         """Write what img2dataset says of a row, after a look at the image that it gives."""
         http_status = came.get("http_status")
         if said["status"] != SUCCESS:
-            self._failed(shard, errand, from_words(said["status"], said["error_message"] or "", http_status))
+            self._failed(shard, errand, from_words(said["status"], said["error_message"], http_status))
             return
         self.watch.answered(_address(errand.target))
         result = await self.decoder.picture(Body(content, http_status), errand.rows[0]["key"], shard.journal)
