@@ -267,6 +267,11 @@ class ShardWriter:
         import pyarrow as pa
 
         self._tar.close()
+        if error is None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            # An older Parquet never stands beside the new tar, in which its places are wrong.
+            self.stem.with_suffix(".parquet").unlink(missing_ok=True)
         self._file.close()
         self._atomic.__exit__(kind, error, trace)
         if error is None:

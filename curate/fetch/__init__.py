@@ -221,9 +221,14 @@ def _fetch(todo: list[ShardTask], state: Path, config: FetchConfig) -> None:
         )
         with closing(workers) as outcomes:
             for outcome in outcomes:
-                if outcome.died:
+                if outcome.died and not _is_whole(outcome.item):
                     counts = write_dead_shard(outcome.item, outcome.item.made_from + DIED)
                     teller.report(outcome.item, {"counts": counts, "bytes": 0, "throttled": [], "paused": 0.0})
+
+
+def _is_whole(task: ShardTask) -> bool:
+    """Whether the shard is there although its workers died: before they could say so, or in asking again."""
+    return made_from(task.stem.with_suffix(".parquet")) == task.made_from and task.stem.with_suffix(".tar").exists()
 
 
 def _work(config: FetchConfig, state: Path, *, has_urls: bool) -> Work:

@@ -39,7 +39,7 @@ from curate.fetch.hosts import Hosts
 from curate.fetch.manners import SLOW_DOWN, backoff_after
 from curate.fetch.outage import Address, Watch
 from curate.fetch.robots import MOST_BYTES, Robots
-from curate.fetch.rows import SUCCESS, Picture, raw_schema, rejected
+from curate.fetch.rows import RAW_COLUMNS, SUCCESS, Picture, raw_schema, rejected
 from curate.fetch.task import ShardTask
 from curate.fetch.transfer import (
     BODIES_BYTES,
@@ -58,6 +58,7 @@ from curate.shards import ShardWriter, write_text
 Row = dict[str, Any]
 Report = Callable[[dict[str, Any]], None]
 Do = Callable[[ShardTask, Report], Awaitable[None]]
+_NO_FACTS = dict.fromkeys(RAW_COLUMNS)
 LOOKUP_THREADS = 64
 REPORT_EVERY_S = 0.5
 # An origin whose robots.txt cannot be read is left alone at first for so many times the first back-off.
@@ -128,7 +129,8 @@ class Shard:
 
     def keep(self, row: Row, result: Picture) -> None:
         """Write what became of a row before."""
-        self.writer.add({**row, **result.facts}, result.content, result.extension)
+        facts = {**_NO_FACTS, **result.facts}  # each row has all, null or not, wherever its result is from
+        self.writer.add({**row, **facts}, result.content, result.extension)
         self.counts[result.facts.get("reason") or SUCCESS] += 1
 
 
@@ -168,12 +170,12 @@ class Engine:
 
     async def make(self, task: ShardTask, report: Report) -> None:
         """Fetch every candidate of a plan file and write the raw shard."""
-        started = time.monotonic()
+        started, number = time.monotonic(), next(self._numbers)
         candidates = await asyncio.to_thread(pq.read_table, task.plan, page_checksum_verification=True)
         writer = ShardWriter(task.stem, raw_schema(candidates.schema), made_from=task.made_from)
         async with _written_in_a_thread(writer), _reported(report) as tell:
             with self.decoder.journal(task.stem) as journal:
-                shard = Shard(task, next(self._numbers), writer, journal)
+                shard = Shard(task, number, writer, journal)
                 tell(lambda: self._progress(shard))
                 rows = await asyncio.to_thread(reuse.keep, task, candidates.to_pylist(), shard.keep)
                 if task.root is not None:

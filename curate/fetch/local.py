@@ -1,4 +1,7 @@
-"""Images that are here already: rows of a plan that have a place in a file instead of a URL. No request is made."""
+"""Images that are here already: rows of a plan that have a place in a file instead of a URL. No request is made.
+
+Photographs as a camera makes them have 20 MB and more: what is held at once is bounded by a budget of bytes.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from curate.fetch.budget import Budget
 from curate.fetch.rows import Picture, rejected
 from curate.fetch.transfer import Body
 from curate.ledger import Reason
@@ -19,21 +23,26 @@ async def fetch(
     rows: list[Row],
     root: Path,
     max_bytes: int,
+    memory: Budget,
     write: Callable[[list[Row], Picture], None],
     use: Callable[[Body, str], Awaitable[Picture]],
 ) -> None:
-    """Read every row's image and write what became of it."""
+    """Read every row's image and write what became of it; `memory` bounds what all shards of a process hold."""
     slots = asyncio.Semaphore(AT_ONCE)
 
     async def one(row: Row) -> None:
-        async with slots:
+        async with slots, memory.hold(min(row["source_size"] or max_bytes, max_bytes)):
             try:
                 content = await asyncio.to_thread(read, root, row, max_bytes)
             except OSError as error:
                 write([row], Picture(rejected(Reason.UNREADABLE, f"{row['source_file']}: {error.strerror or error}")))
                 return
-            result = await use(Body(content, None), row["key"]) if content is not None else None
-            write([row], result or Picture(rejected(Reason.TOO_LARGE, f"over {max_bytes} bytes")))
+            if content is None:
+                write([row], Picture(rejected(Reason.TOO_LARGE, f"over {max_bytes} bytes")))
+            elif not content:
+                write([row], Picture(rejected(Reason.EMPTY_BODY, "")))
+            else:
+                write([row], await use(Body(content, None), row["key"]))
 
     await asyncio.gather(*map(one, rows))
 

@@ -56,6 +56,7 @@ class Watch(Generic[E]):
         self._running = asyncio.Event()
         self._running.set()
         self._since: float | None = None
+        self._answers = 0
 
     @property
     def paused_s(self) -> float:
@@ -74,6 +75,7 @@ class Watch(Generic[E]):
 
     def answered(self, address: Address) -> None:
         """A server answered: the network is there, and what failed before failed by itself."""
+        self._answers += 1
         self._witnesses[address] = None
         self._witnesses.move_to_end(address)
         if len(self._witnesses) > WITNESSES:
@@ -101,8 +103,9 @@ class Watch(Generic[E]):
             self._release(self._stand)
             return
         self._running.clear()
+        answers = self._answers
         try:
-            if await self._probe():
+            if await self._probe() or self._answers > answers:  # what was in flight can answer, too
                 self._release(self._stand)
             else:
                 await self._wait_for_network()
@@ -112,7 +115,7 @@ class Watch(Generic[E]):
             self._running.set()
 
     async def _wait_for_network(self) -> None:
-        self._since, pause_s = time.monotonic(), FIRST_PAUSE_S
+        self._since, pause_s, answers = time.monotonic(), FIRST_PAUSE_S, self._answers
         logger.warning("fetch: paused: no network (%s)", self._what())
         while True:
             left_s = self._outage_s - self.paused_s
@@ -123,7 +126,7 @@ class Watch(Generic[E]):
                 )
             await asyncio.sleep(min(pause_s, left_s))
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-            if await self._probe():
+            if await self._probe() or self._answers > answers:
                 logger.warning("fetch: the network is back after %.0f s", self.paused_s)
                 return
 

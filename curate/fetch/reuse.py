@@ -7,6 +7,7 @@ the old tar. Its own columns, caption and all, come from the new plan.
 from __future__ import annotations
 
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from curate.fetch.task import ShardTask
 
 Row = dict[str, Any]
+HEADER = 512  # bytes of a tar header, which ends where its member's content begins
 PASSING = frozenset(
     reason.value
     for reason in (
@@ -70,7 +72,7 @@ def _results(stem: Path, retry: bool) -> dict[str, Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = ["url", *RAW_COLUMNS, "image_ext", "image_offset", "image_size"]
+    columns = ["key", "url", *RAW_COLUMNS, "image_ext", "image_offset", "image_size"]
     try:
         table = pq.read_table(stem.with_suffix(".parquet"), columns=columns, page_checksum_verification=True)
     except (OSError, pa.ArrowException):
@@ -86,8 +88,14 @@ def _picture(result: Row, reader: MemberReader) -> Picture | None:
     facts = {name: result[name] for name in RAW_COLUMNS}
     if result["image_offset"] is None:
         return Picture(facts)
-    try:
-        content = reader.read(0, result["image_offset"], result["image_size"])
+    try:  # with the member's header, which names it: the tar may be another than the Parquet was written with
+        member = reader.read(0, result["image_offset"] - HEADER, HEADER + result["image_size"])
     except (OSError, InputError):
+        return None
+    name, content = member[:HEADER].partition(b"\0")[0], member[HEADER:]
+    as_it_came = len(content) == result["bytes"]
+    if name != f"{result['key']}.{result['image_ext']}".encode() or (
+        as_it_came and sha256(content).hexdigest() != result["sha256"]
+    ):
         return None
     return Picture(facts, content, result["image_ext"])

@@ -36,7 +36,7 @@ T = TypeVar("T")
 CLOSE = {"Connection": "close"}
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 SMALL_BYTES = 256 << 10
-BODIES_BYTES = 48 << 20
+BODIES_BYTES = 40 << 20
 # An idle connection costs a socket and, with TLS, about 50 kB.
 KEEP_ALIVE_S = 5.0
 ZLIB = 8  # the low half of the first byte of zlib's frame

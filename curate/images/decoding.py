@@ -9,6 +9,7 @@ import io
 import json
 import math
 import struct
+import warnings
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,8 @@ _LONGEST_EXIF_TEXT = 100
 _LARGEST_NOTE = 256 << 10
 _LARGEST_UNPACKED = 1 << 20
 _NO_RESIZE = Resize()
+# Pillow warns of broken EXIF, in the middle of a progress bar; such a picture just says nothing of itself.
+warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +217,9 @@ def _without_large_notes(content: bytes) -> bytes:
     while place + 8 <= len(content):
         end = place + 12 + int.from_bytes(content[place : place + 4], "big")
         name = content[place + 4 : place + 8]
-        is_large = end - place > _LARGEST_NOTE or (name in (b"iCCP", b"zTXt") and _unpacks_large(content[place + 8 : end - 4]))
+        is_large = end - place > _LARGEST_NOTE or (
+            name in (b"iCCP", b"zTXt") and _unpacks_large(content[place + 8 : end - 4])
+        )
         if name not in (b"zTXt", b"iTXt", b"tEXt", b"iCCP") or not is_large:
             kept.append(content[place:end])
         if name == b"IDAT":

@@ -17,7 +17,7 @@ from curate.ledger import Reason
 
 SNIFF_BYTES = 32
 # What decoding one image may take, in bytes: a worker decodes one of that size at a time, and stays below 400 MB.
-MOST_MEMORY = 170_000_000
+MOST_MEMORY = 150_000_000
 # Bytes a pixel that decoding to 8-bit RGB takes: the decoder's own buffers, Pillow's image, and the result.
 _BYTES_A_PIXEL = {"jpeg": 3, "png": 7, "bmp": 7, "gif": 8, "tiff": 11, "webp": 15, "avif": 15, "heic": 15}
 _BRANDS = {

@@ -67,11 +67,11 @@ def test_only_the_shards_whose_plan_changed_are_fetched_again(server, tmp_path):
     serve(server, tmp_path)
     run(tmp_path, impatient())
     asked = dict(server.asked)
-    write_plan(tmp_path, [server.url("/1-1.jpg")], shard=1)
+    write_plan(tmp_path, [server.url("/1-1.jpg"), server.add("/new.jpg", page(jpeg(99)))], shard=1)
     (tmp_path / "plan" / "00002.parquet").unlink()
     result = run(tmp_path, impatient())
-    assert result == FetchResult({"success": 5, "http_status": 4}, made=1, reused=1)
-    assert {path for path, count in server.asked.items() if count != asked[path]} == {"/1-1.jpg"}
+    assert result == FetchResult({"success": 6, "http_status": 4}, made=1, reused=1)
+    assert {path for path, count in server.asked.items() if count != asked.get(path)} == {"/new.jpg"}
     assert [path.name for path in (tmp_path / "raw").glob("00002*")] == []
 
 

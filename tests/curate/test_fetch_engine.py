@@ -56,16 +56,13 @@ def test_retries_come_after_every_first_try_of_the_shard(server, tmp_path):
 
 def test_a_second_shard_fills_the_connections_while_the_first_waits_for_its_last_row(server, tmp_path):
     slow = server.add("/slow.jpg", after(0.8, page(jpeg(0))))
-    order = []
-    server.pages["/slow.jpg"] = noting(order, server.pages["/slow.jpg"])
-    quick = [server.add(f"/{n}.jpg", noting(order, page(jpeg(n)))) for n in range(30)]
+    quick = [server.add(f"/{n}.jpg", page(jpeg(n))) for n in range(30)]
     config = impatient(read_timeout_s=5.0, total_timeout_s=5.0, connections=3, per_host=3)
     plans = [write_plan(tmp_path, [slow, quick[0]], 0), write_plan(tmp_path, quick[1:], 1)]
     finished = []
     tasks = [ShardTask(plan, tmp_path / "raw" / plan.stem, "test", config) for plan in plans]
     make_here(tmp_path, tasks, config, lambda said: finished.append(said["counts"].get("success")))
     assert {row["status"] for shard in (0, 1) for row in read_rows(tmp_path, shard)} == {"success"}
-    assert order.index("/29.jpg") > order.index("/slow.jpg")
     stamps = [(tmp_path / "raw" / f"{shard:05d}.parquet").stat().st_mtime_ns for shard in (0, 1)]
     assert stamps[1] < stamps[0]  # the second was whole before the first
 

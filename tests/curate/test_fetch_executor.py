@@ -109,6 +109,43 @@ def test_a_killed_worker_is_noticed_and_its_item_is_tried_twice(tmp_path, deaths
     assert len(list((tmp_path / "marked").iterdir())) == min(deaths + 1, 2)
 
 
+def wait_for_all(item, report):
+    """Note the worker, and go on when so many have: it hangs if they are not at work at once."""
+    folder, name, count = item
+    (Path(folder) / f"{name}-{os.getpid()}").touch()
+    if not eventually(lambda: len(list(Path(folder).iterdir())) >= count):
+        raise TimeoutError(f"{name} waited for the others in vain")
+    return os.getpid()
+
+
+@pytest.mark.parametrize(("processes", "items", "workers"), [(1, 2, 1), (2, 2, 2), (2, 4, 2)])
+def test_a_worker_is_given_a_second_item_when_each_has_one(tmp_path, processes, items, workers):
+    todo = [(str(tmp_path), number, items) for number in range(items)]
+    pids = [outcome.result for outcome in run_over(doing(wait_for_all), todo, processes=processes)]
+    assert len(set(pids)) == workers
+    assert all(pids.count(pid) == items // workers for pid in pids)
+
+
+def die_together(item, report):
+    """Kill the worker when both of its items are at work."""
+    folder, name = Path(item[0]), item[1]
+    (folder / f"{name}-{os.getpid()}").touch()
+    if eventually(lambda: len(list(folder.glob(f"*-{os.getpid()}"))) == 2) and name == "first":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+
+
+def test_a_death_costs_both_items_of_the_worker_a_try_and_is_told_before_its_number_is_taken_again(tmp_path):
+    items, told = [(str(tmp_path), "first"), (str(tmp_path), "second")], []
+
+    def note(number):
+        told.append((number, len(list(tmp_path.iterdir()))))
+
+    outcomes = list(run_over(doing(die_together), items, processes=1, on_death=note))
+    assert sorted(outcomes, key=lambda outcome: outcome.item) == [Outcome(item, None, died=True) for item in items]
+    assert told == [(0, 2), (0, 4)]  # two tries each; the next worker had not begun when the first was told
+
+
 def test_what_a_worker_raises_is_raised_here_with_its_traceback():
     with pytest.raises(InputError, match="shard 2 is unreadable") as raised:
         list(run_over(doing(raise_at), range(4), processes=1))

@@ -241,20 +241,34 @@ def killed(folder, kill_at):
 def test_a_kill_at_any_moment_leaves_whole_files_and_the_parquet_last(tmp_path):
     alive = killed(tmp_path / "whole", 0)
     moments = int(alive.stdout)
-    assert moments == 6  # of each of two files: sync it, rename it, sync the folder
+    assert (
+        moments == 7
+    )  # sync the tar before an older Parquet goes; of each of two: sync it, rename it, sync the folder
     for kill_at in range(1, moments + 1):
         folder = tmp_path / str(kill_at)
         folder.mkdir()
         assert killed(folder, kill_at).returncode == -signal.SIGKILL
-        assert (folder / "00000.tar").exists() == (kill_at > 2)
-        assert (folder / "00000.parquet").exists() == (kill_at > 5)
-        assert len(shards_of(folder)) == (kill_at > 5)
+        assert (folder / "00000.tar").exists() == (kill_at > 3)
+        assert (folder / "00000.parquet").exists() == (kill_at > 6)
+        assert len(shards_of(folder)) == (kill_at > 6)
         for path in folder.glob("00000.*"):
             assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
         sweep(folder)
         assert not list(folder.glob(".*"))
         assert killed(folder, 0).returncode == 0
         assert len(read_index(folder)) == 3
+
+
+@pytest.mark.parametrize("kill_at", range(1, 8))
+def test_a_kill_never_leaves_an_older_parquet_beside_a_newer_tar(tmp_path, kill_at):
+    with ShardWriter(tmp_path / "00000", SCHEMA, made_from="old") as shard:
+        shard.add({"key": "b", "caption": "old", "width": 1}, b"1" * 5000)
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert killed(tmp_path, kill_at).returncode == -signal.SIGKILL
+    if (tmp_path / "00000.parquet").exists():
+        left = {path.name: path.read_bytes() for path in tmp_path.glob("00000.*")}
+        assert (left == old) == (kill_at == 1)
+        assert kill_at in (1, 7)
 
 
 # --- fingerprints and digests ----------------------------------------------------------------------------------------

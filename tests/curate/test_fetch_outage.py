@@ -1,0 +1,141 @@
+"""Is the network gone, or are the hosts dead? Names are looked up by a resolver of the test's own."""
+
+import asyncio
+import logging
+import socket
+import threading
+import time
+
+import pytest
+
+from curate.errors import Outage
+from curate.fetch import engine, outage
+from tests.curate.fetching import fetch_here, impatient, jpeg
+from tests.webserver import WebServer, page
+
+look_up = socket.getaddrinfo
+
+
+@pytest.fixture
+def server():
+    with WebServer() as running:
+        yield running
+
+
+@pytest.fixture
+def names(monkeypatch):
+    """Looks up every name under .test as 127.0.0.1; `names["fail"]` may say for which names it raises, or waits."""
+    rules = {"fail": lambda host: None}
+
+    def getaddrinfo(host, *args, **kwargs):
+        name = host.decode() if isinstance(host, bytes) else host
+        if name is None or not name.endswith(".test"):
+            return look_up(host, *args, **kwargs)
+        rules["fail"](name)
+        return look_up("127.0.0.1", *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return rules
+
+
+def no_answer(name):
+    raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+
+def on_hosts(server, count, first=0):
+    """A picture on each of so many hosts, all of them the one server."""
+    paths = [f"/{number}.jpg" for number in range(first, first + count)]
+    for number, path in enumerate(paths):
+        server.add(path, page(jpeg(number)))
+    return [f"http://host{path[1:-4]}.test:{server.port}{path}" for path in paths]
+
+
+def test_names_that_no_longer_resolve_end_the_run_after_outage_s(server, names, tmp_path):
+    names["fail"] = no_answer
+    started = time.monotonic()
+    with pytest.raises(Outage, match=r"nothing could be reached for 1 s \(host\d+\.test: dns Temporary failure"):
+        fetch_here(tmp_path, on_hosts(server, 40), impatient(outage_s=1.0))
+    assert 1.0 <= time.monotonic() - started < 10
+    assert not list((tmp_path / "raw").iterdir())
+    assert server.accepted == 0
+
+
+def test_what_failed_in_an_outage_loses_no_try(server, names, tmp_path, caplog):
+    """Not one more try is allowed, and robots.txt of each host failed in the outage, too."""
+    names["fail"] = no_answer
+    back = threading.Timer(1.0, lambda: names.update(fail=lambda name: None))
+    back.start()
+    with caplog.at_level(logging.INFO, "cliptailor"):
+        rows = fetch_here(tmp_path, on_hosts(server, 40), impatient(outage_s=30.0, retries=0, backoff_s=5.0))
+    back.join()
+    assert {row["status"] for row in rows} == {"success"}
+    assert "the network is back" in caplog.text
+
+
+def test_names_whose_look_up_hangs_are_not_taken_for_an_outage(server, names, tmp_path, monkeypatch, caplog):
+    """They keep the threads that look names up busy; the probe has its own."""
+    monkeypatch.setattr(engine, "LOOKUP_THREADS", 4)
+
+    def hang(name):
+        if name.startswith("dead"):
+            time.sleep(1.0)
+            no_answer(name)
+
+    names["fail"] = hang
+    dead = [f"http://dead{number}.test:{server.port}/x.jpg" for number in range(24)]
+    started = time.monotonic()
+    rows = fetch_here(tmp_path, [*on_hosts(server, 4), *dead], impatient(outage_s=60.0, connect_timeout_s=0.4))
+    assert [row["status"] for row in rows[:4]] == ["success"] * 4
+    assert {row["reason"] for row in rows[4:]} <= {"dns", "timeout"}
+    assert time.monotonic() - started < 15
+    assert "paused" not in caplog.text
+
+
+def test_a_list_whose_only_server_is_down_ends_soon(names, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    started = time.monotonic()
+    rows = fetch_here(tmp_path, [f"http://only.test:{port}/{n}.jpg" for n in range(200)], impatient(outage_s=60.0))
+    assert {row["reason"] for row in rows} == {"connect"}
+    assert time.monotonic() - started < 10
+
+
+def test_a_pause_is_reported(server, names, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "REPORT_EVERY_S", 0.05)
+    monkeypatch.setattr(outage, "LONGEST_PAUSE_S", 0.1)
+    names["fail"] = no_answer
+    back = threading.Timer(1.0, lambda: names.update(fail=lambda name: None))
+    back.start()
+    paused = []
+    rows = fetch_here(
+        tmp_path, on_hosts(server, 30), impatient(outage_s=30.0), lambda said: paused.append(said["paused"])
+    )
+    back.join()
+    assert {row["status"] for row in rows} == {"success"}
+    assert max(paused) > 0.3
+    assert paused[-1] == 0
+
+
+@pytest.mark.parametrize("probes", [1, 2])
+def test_an_answer_to_what_was_in_flight_ends_the_doubt(probes, monkeypatch):
+    """It comes while the probe, or the one after it, is on its way to a host that has just died."""
+    monkeypatch.setattr(outage, "FIRST_PAUSE_S", 0.01)
+    stood, again, asked = [], [], []
+
+    async def reach(address):
+        asked.append(address)
+        if len(asked) == probes:
+            watch.answered(("alive.test", 80))
+        raise OSError("no")
+
+    async def story():
+        watch.answered(("dead.test", 80))
+        for number in range(30):
+            watch.failed(number, (f"host{number}.test", 80), "connect")
+        await asyncio.wait_for(watch.decide(), 5)
+        await asyncio.wait_for(watch.running(), 5)
+
+    watch = outage.Watch(reach, 60.0, stood.extend, again.extend)
+    asyncio.run(story())
+    assert (stood, again, len(asked)) == (list(range(30)), [], probes)
+    assert watch.paused_s == 0
