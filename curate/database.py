@@ -62,7 +62,11 @@ def connect(
         # A name with a * in it is asked for by a pattern, and the pattern must be allowed as well as the file.
         names = sorted({name for path in paths for name in (str(path), _no_glob(str(path)))})
         db.execute(f"SET {setting} = [{', '.join(map(literal, names))}]")
-    for setting in ("allow_persistent_secrets = false", "TimeZone = 'UTC'", "preserve_insertion_order = true"):
+    # DuckDB draws its progress bar on stdout, whether that is a terminal or not.
+    for setting in (
+        *("allow_persistent_secrets = false", "enable_progress_bar = false"),
+        *("TimeZone = 'UTC'", "preserve_insertion_order = true"),
+    ):
         db.execute(f"SET {setting}")
     db.execute("SET enable_external_access = false")
     db.execute("SET lock_configuration = true")

@@ -185,3 +185,10 @@ def test_a_value_that_cannot_be_computed_is_told_with_the_way_out(db):
     watch_drops(db)
     with pytest.raises(ConfigError, match=r"filters 'n': Conversion Error.*TRY_CAST"):
         drop_where(db, Where(name="n", expression="CAST(caption AS INTEGER) > 1"), stage="plan", columns=["caption"])
+
+
+def test_a_long_query_draws_nothing_on_standard_output(tmp_path, capfd):
+    with connect("500MB", 1, tmp_path / "spill", []) as db:
+        assert scalar(db, "SELECT current_setting('enable_progress_bar')") is False
+        db.execute("SELECT count(*) FROM range(3000000000) t(i) WHERE hash(i) % 7 = 3").fetchall()
+    assert capfd.readouterr().out == ""
