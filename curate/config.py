@@ -71,7 +71,8 @@ class FetchConfig:
     total_timeout_s: float = 60.0
     """Longest time for one row: redirects and body together, retries and waits for the host's turn not counted."""
     max_wait_s: float = 600.0
-    """Longest time that a row waits for its host's turn; after it the row is dropped as throttled."""
+    """Longest time that a row waits for a host that asked for fewer requests; after it the row is dropped as
+    throttled."""
     retries: int = 3
     """Further tries, at the end of the shard, after an error that may pass: 429, 5xx, a connection or timeout error."""
     backoff_s: float = 1.0

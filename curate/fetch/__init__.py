@@ -12,6 +12,8 @@
     local      images that are here already
     task       one shard to make
     reuse      what of an old raw shard still holds
+    tell       what a run tells while it is at work
+    img2dataset, img2dataset_process, img2dataset_errors       the other engine
     rows       the columns of a raw shard, and what each row says
 
 Nothing heavy is imported before `run` is called.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-from functools import lru_cache
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms
 
 RGB = npt.NDArray[np.uint8]
-STRIP_PIXELS = 1 << 20
+STRIP_PIXELS = 1 << 18
 # A profile is a few kB to a few hundred; one of megabytes is a mistake or a trap.
 LARGEST_PROFILE = 4 << 20
 _SRGB = ImageCms.createProfile("sRGB")
@@ -42,6 +42,20 @@ def to_rgb(image: Image.Image) -> tuple[RGB, bool]:
     return rgb, plain
 
 
+def from_bgr(pixels: npt.NDArray[np.uint8], profile: bytes | None) -> tuple[RGB, bool]:
+    """As `to_rgb`, of OpenCV's pixels: (H, W, 3) or, with alpha, (H, W, 4)."""
+    has_alpha = pixels.shape[2] == 4
+    rgb = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGB if has_alpha else cv2.COLOR_BGR2RGB), dtype=np.uint8)
+    if profile is not None:
+        rgb = apply_profile(rgb, profile)
+    if not has_alpha or pixels[..., 3].min() == 255:
+        return rgb, profile is None
+    rows = max(1, STRIP_PIXELS // rgb.shape[1])
+    for top in range(0, len(rgb), rows):
+        rgb[top : top + rows] = _mixed(rgb[top : top + rows], pixels[top : top + rows, :, 3])
+    return rgb, False
+
+
 def apply_profile(rgb: RGB, profile: bytes) -> RGB:
     """RGB pixels under a profile of their own → sRGB; unchanged where the profile is not one for RGB."""
     try:
@@ -62,7 +76,6 @@ def foreign_profile(profile: Any) -> bytes | None:
     return profile
 
 
-@lru_cache(maxsize=64)
 def _is_srgb(profile: bytes) -> bool:
     """Whether it is sRGB, by its name; also if it cannot be read, for then nothing better is known."""
     try:
@@ -100,8 +113,10 @@ def _on_white(strip: Image.Image, convert: Any) -> tuple[RGB, bool]:
     rgba = strip.convert("RGBA")
     alpha = np.asarray(rgba.getchannel("A"))
     colours = convert(rgba.convert("RGB"))
-    if alpha.min() == 255:
-        return colours, True
+    return (colours, True) if alpha.min() == 255 else (_mixed(colours, alpha), False)
+
+
+def _mixed(colours: RGB, alpha: npt.NDArray[np.uint8]) -> RGB:
     share = alpha[..., None].astype(np.uint16)
     mixed = colours.astype(np.uint16) * share + np.uint16(255) * (np.uint16(255) - share)
-    return ((mixed + 127) // 255).astype(np.uint8), False
+    return ((mixed + 127) // 255).astype(np.uint8)

