@@ -91,7 +91,7 @@ def find_list(urls: str) -> ListFiles:
         found = [path]
     else:
         found = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]  # noqa: PTH207 - Path.glob takes no absolute pattern
-    return list_of(urls, found)
+    return list_of(urls, sorted(found))
 
 
 def list_of(urls: str, found: Sequence[Path]) -> ListFiles:
@@ -99,7 +99,7 @@ def list_of(urls: str, found: Sequence[Path]) -> ListFiles:
 
     Args:
         urls: what the user called it.
-        found: in any order.
+        found: in the order of their rows.
 
     Raises:
         InputError: there are none, or they are of a form that we do not know, or of several.
@@ -114,7 +114,7 @@ def list_of(urls: str, found: Sequence[Path]) -> ListFiles:
         raise InputError(
             f"{urls}: {forms} files; expected files of one form, with the ending {', '.join(sorted(KINDS))}"
         )
-    return ListFiles(urls, kinds[0], tuple(sorted(found)))
+    return ListFiles(urls, kinds[0], tuple(found))
 
 
 def _kind(file: Path) -> str:

@@ -1,7 +1,7 @@
 """One hop: one request, to the body of its answer or to the URL it redirects to; each way to fail has a `Reason`.
 
 Small bodies are free; a larger one is read on only when there is memory for all that it may become, out of a budget
-that all bodies share. So many servers at once can send what they like: what is held is bounded by connections × 256 KiB
+that all bodies share. So many servers at once can send what they like: what is held is bounded by connections × 128 KiB
 and the budget.
 """
 
@@ -35,8 +35,8 @@ from curate.ledger import Reason
 T = TypeVar("T")
 CLOSE = {"Connection": "close"}
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
-SMALL_BYTES = 256 << 10
-BODIES_BYTES = 40 << 20
+SMALL_BYTES = 128 << 10
+BODIES_BYTES = 24 << 20
 # An idle connection costs a socket and, with TLS, about 50 kB.
 KEEP_ALIVE_S = 5.0
 ZLIB = 8  # the low half of the first byte of zlib's frame
@@ -230,12 +230,12 @@ class Transfer:
         async for chunk in response.content.iter_any():
             on_wire += len(chunk)
             body += coding.decode(chunk, room=most - len(body))
-            if max(len(body), on_wire) > most:
-                raise TransferError(Reason.TOO_LARGE, f"over {most} bytes", http_status=200)
             if not sniffed and len(body) >= SNIFF_BYTES:
                 sniffed = True
                 if refused := refusal(body, response.content_type):
                     raise TransferError(refused.reason, refused.value, http_status=200)
+            if max(len(body), on_wire) > most:
+                raise TransferError(Reason.TOO_LARGE, f"over {most} bytes", http_status=200)
             if not has_memory and max(len(body), response.content_length or 0) > SMALL_BYTES:
                 known = response.content_length if coding.plain else None
                 await deadline.not_counting(held.enter_async_context(self._bodies.hold(known or most)))
