@@ -17,7 +17,6 @@ This module needs no torch, network or database.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import tarfile
@@ -194,11 +193,29 @@ def file_sha256(path: Path) -> str:
 # --- writing a shard -------------------------------------------------------------------------------------------------
 
 
-def _member(name: str, size: int) -> tarfile.TarInfo:
+def _header(name: str, size: int) -> bytes:
+    """The USTAR header of a regular file, as tarfile writes it; mtime, uid, gid stay 0: equal samples, equal bytes."""
+    encoded = name.encode("utf-8", "surrogateescape")
+    if len(encoded) > 100 or size >= 8**11:
+        return _tar_info(name, size).tobuf(tarfile.USTAR_FORMAT)
+    octal = b"%011o" % size
+    # The checksum is of all bytes, its own eight taken as spaces.
+    checksum = b"%06o\0 " % (_TEMPLATE_SUM + sum(encoded) + sum(octal))
+    return b"".join(
+        (encoded.ljust(100, b"\0"), _TEMPLATE[100:124], octal, _TEMPLATE[135:148], checksum, _TEMPLATE[156:])
+    )
+
+
+def _tar_info(name: str, size: int) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.size = size
     info.mode = 0o644
-    return info  # mtime, uid, gid stay 0: the same samples give the same bytes
+    return info
+
+
+_TEMPLATE = _tar_info("", 0).tobuf(tarfile.USTAR_FORMAT)
+_TEMPLATE_SUM = sum(_TEMPLATE[:148]) + 8 * ord(" ") + sum(_TEMPLATE[156:]) - sum(b"%011o" % 0)
+_AS_JSON = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True).encode
 
 
 class ShardWriter:
@@ -224,7 +241,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         self._atomic = atomic(self.stem.with_suffix(".tar"))
         self._file: BinaryIO = self._atomic.__enter__().open("wb")
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._end = 0
         return self
 
     def add(self, row: Mapping[str, Any], image: bytes | None = None, image_ext: str = "jpg") -> None:
@@ -238,36 +255,31 @@ class ShardWriter:
         places: dict[str, Any] = dict.fromkeys(OFFSET_COLUMNS)
         if image is not None:
             facts = {name: value for name, value in row.items() if not isinstance(value, bytes)}
-            members = {
-                "image": (image_ext, image),
-                "caption": ("txt", (row["caption"] or "").encode("utf-8", "surrogatepass")),
-                "json": (
-                    "json",
-                    json.dumps(facts, ensure_ascii=False, default=str, sort_keys=True).encode("utf-8", "surrogatepass"),
-                ),
-            }
+            members = (
+                ("image", image_ext, image),
+                ("caption", "txt", (row["caption"] or "").encode("utf-8", "surrogatepass")),
+                ("json", "json", _AS_JSON(facts).encode("utf-8", "surrogatepass")),
+            )
             places["image_ext"] = image_ext
-            for what, (extension, content) in members.items():
-                places[f"{what}_offset"], places[f"{what}_size"] = (
-                    self._write(f"{row['key']}.{extension}", content),
-                    len(content),
-                )
+            blocks: list[bytes] = []
+            for what, extension, content in members:
+                places[f"{what}_offset"], places[f"{what}_size"] = self._end + tarfile.BLOCKSIZE, len(content)
+                padding = -len(content) % tarfile.BLOCKSIZE
+                blocks += (_header(f"{row['key']}.{extension}", len(content)), content, bytes(padding))
+                self._end += tarfile.BLOCKSIZE + len(content) + padding
+            self._file.write(b"".join(blocks))  # at once: a write for each costs more than the copy
         self._rows.append({**row, **places})
 
     def sort_rows(self) -> None:
         """Put the Parquet's rows into the order of their keys; the tar stays in the order of arrival."""
         self._rows.sort(key=lambda row: str(row["key"]))
 
-    def _write(self, name: str, content: bytes) -> int:
-        self._tar.addfile(_member(name, len(content)), io.BytesIO(content))
-        blocks = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        return self._file.tell() - blocks
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         import pyarrow as pa
 
-        self._tar.close()
         if error is None:
+            end = self._end + 2 * tarfile.BLOCKSIZE  # two empty blocks, and then to a whole record
+            self._file.write(bytes(end - self._end + -end % tarfile.RECORDSIZE))
             self._file.flush()
             os.fsync(self._file.fileno())
             # An older Parquet never stands beside the new tar, in which its places are wrong.

@@ -80,6 +80,21 @@ def test_the_offsets_are_those_of_tarfile_and_members_are_adjacent(tmp_path, sam
         ]
 
 
+@pytest.mark.parametrize("key", ["0" * 20, "ключ-é", "k" * 95, "folder/" * 20 + "key"])
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 513, 70_001])
+def test_the_bytes_are_those_that_tarfile_would_write(tmp_path, key, size):
+    with ShardWriter(tmp_path / "s", SCHEMA, made_from="m") as shard:
+        shard.add({"key": key, "caption": "a", "width": 1}, bytes(size), "png")
+    reference = io.BytesIO()
+    with tarfile.open(fileobj=reference, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        facts = json.dumps({"key": key, "caption": "a", "width": 1}, ensure_ascii=False, sort_keys=True).encode()
+        for form, content in (("png", bytes(size)), ("txt", b"a"), ("json", facts)):
+            member = tarfile.TarInfo(f"{key}.{form}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert (tmp_path / "s.tar").read_bytes() == reference.getvalue()
+
+
 def test_the_tar_has_nothing_of_this_machine_in_it_and_gnu_tar_lists_it(tmp_path):
     stem = write(tmp_path, [("a", b"1"), ("b", b"2" * 5000)])
     with tarfile.open(stem.with_suffix(".tar")) as tar:
