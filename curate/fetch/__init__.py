@@ -225,7 +225,9 @@ def _fetch(todo: list[ShardTask], state: Path, config: FetchConfig) -> None:
             for outcome in outcomes:
                 if outcome.died and not _is_whole(outcome.item):
                     counts = write_dead_shard(outcome.item, outcome.item.made_from + DIED)
-                    teller.report(outcome.item, {"counts": counts, "bytes": 0, "throttled": [], "paused": 0.0})
+                    teller.report(
+                        outcome.item, {"counts": counts, "kept": {}, "bytes": 0, "throttled": [], "paused": 0.0}
+                    )
 
 
 def _is_whole(task: ShardTask) -> bool:

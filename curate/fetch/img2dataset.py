@@ -396,7 +396,13 @@ class Engine:
         self._todo.extend(errand for _, errand, _ in held)
 
     def _progress(self, shard: Shard) -> dict[str, Any]:
-        return {"counts": dict(shard.counts), "bytes": shard.bytes, "throttled": [], "paused": self.watch.paused_s}
+        return {
+            "counts": dict(shard.counts),
+            "kept": dict(shard.kept),
+            "bytes": shard.bytes,
+            "throttled": [],
+            "paused": self.watch.paused_s,
+        }
 
 
 def _target(url: str) -> URL | TransferError:

@@ -34,6 +34,8 @@ class Teller:
         self._seen: dict[Path, Counter[str]] = {task.stem: Counter() for task in tasks}
         self._bytes: dict[Path, int] = {task.stem: 0 for task in tasks}
         self._counts: Counter[str] = Counter()
+        self._kept_seen: dict[Path, Counter[str]] = {task.stem: Counter() for task in tasks}
+        self._kept: Counter[str] = Counter()
         self._warned = False
 
     def __enter__(self) -> Teller:
@@ -44,12 +46,24 @@ class Teller:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+        if self._kept:
+            asked = (self._counts - self._kept).total()
+            logger.info(
+                "fetch   %s rows were there from before, %s were asked for", f"{self._kept.total():,}", f"{asked:,}"
+            )
 
     def report(self, task: ShardTask, said: Mapping[str, Any]) -> None:
-        """Take in what a worker says of a shard: counts and bytes so far, hosts slowed down, seconds paused."""
+        """Take in what a worker says of a shard.
+
+        Args:
+            task: the shard.
+            said: counts so far, and those of them that were kept; bytes; hosts slowed down; seconds paused.
+        """
         # A shard that is tried again begins at 0: only what is beyond the first try's count is news.
         news = Counter(said["counts"]) - self._seen[task.stem]
         self._seen[task.stem] |= Counter(said["counts"])
+        self._kept += Counter(said["kept"]) - self._kept_seen[task.stem]
+        self._kept_seen[task.stem] |= Counter(said["kept"])
         self._bytes[task.stem] = max(self._bytes[task.stem], said["bytes"])
         self._counts += news
         self._advance.say(self._line(said))
@@ -71,13 +85,16 @@ class Teller:
         return " · ".join(parts)
 
     def _warn_of_low_share(self) -> None:
-        done = self._counts.total()
-        if self._warned or done < ENOUGH_ROWS:
+        if self._warned or self._counts.total() < ENOUGH_ROWS:
+            return
+        asked = self._counts - self._kept
+        done = asked.total()
+        if done < ENOUGH_ROWS:
             return
         self._warned = True
-        share = self._counts[SUCCESS] / done
+        share = asked[SUCCESS] / done
         if share < LOW_SHARE:
-            failed = [(reason, n) for reason, n in self._counts.most_common(4) if reason != SUCCESS]
+            failed = [(reason, n) for reason, n in asked.most_common(4) if reason != SUCCESS]
             logger.warning(
                 "fetch   only %.0f %% of the first %s rows are images: %s; stop (Ctrl-C) and look, if that is not what "
                 "this list should give: what is done is kept",

@@ -25,8 +25,8 @@ def clock(monkeypatch):
     return now
 
 
-def said(counts, size=0, throttled=(), paused=0.0):
-    return {"counts": counts, "bytes": size, "throttled": list(throttled), "paused": paused}
+def said(counts, size=0, throttled=(), paused=0.0, kept=None):
+    return {"counts": counts, "kept": kept or {}, "bytes": size, "throttled": list(throttled), "paused": paused}
 
 
 def test_where_there_is_no_terminal_a_line_every_half_minute_says_it_all(tasks, clock, caplog):
@@ -79,3 +79,16 @@ def test_a_low_share_is_said_once_after_a_thousand_rows(tasks, caplog, arrived, 
     assert [message.partition(";")[0] for message in caplog.messages] == [
         "fetch   only 50 % of the first 1,000 rows are images: dns 501"
     ] * warned
+
+
+def test_rows_from_an_earlier_run_say_nothing_of_this_one(tasks, caplog):
+    caplog.set_level(logging.INFO, logger="cliptailor")
+    kept = {"success": 990, "dns": 10}
+    with Teller(tasks) as teller:
+        teller.report(tasks[0], said(kept, kept=kept))
+        teller.report(tasks[1], said({"dns": 900, "success": 99}))
+        assert not caplog.messages  # 999 were asked for
+        teller.report(tasks[1], said({"dns": 901, "success": 99}))
+    low, summary = caplog.messages
+    assert low.startswith("fetch   only 10 % of the first 1,000 rows are images: dns 901")
+    assert summary == "fetch   1,000 rows were there from before, 1,000 were asked for"
