@@ -107,6 +107,7 @@ class Shard:
         writer: where its rows go.
         journal: what of it is in a decoder.
         counts: rows so far, by reason and `success`.
+        kept: those of them that an earlier run had fetched.
         bytes: of the bodies that came.
         open: errands whose end is not known yet.
         finished: set when there are none.
@@ -117,6 +118,7 @@ class Shard:
     writer: ShardWriter
     journal: Journal
     counts: Counter[str] = field(default_factory=Counter)
+    kept: Counter[str] = field(default_factory=Counter)
     bytes: int = 0
     open: int = 0
     finished: asyncio.Event = field(default_factory=asyncio.Event)
@@ -124,11 +126,15 @@ class Shard:
     def write(self, rows: list[Row], result: Picture) -> None:
         """Write what became of these rows."""
         for row in rows:
-            self.keep(row, result)
+            self._add(row, result)
         self.bytes += result.facts.get("bytes") or 0
 
     def keep(self, row: Row, result: Picture) -> None:
         """Write what became of a row before."""
+        self._add(row, result)
+        self.kept[result.facts.get("reason") or SUCCESS] += 1
+
+    def _add(self, row: Row, result: Picture) -> None:
         facts = {**_NO_FACTS, **result.facts}  # each row has all, null or not, wherever its result is from
         self.writer.add({**row, **facts}, result.content, result.extension)
         self.counts[result.facts.get("reason") or SUCCESS] += 1
@@ -361,6 +367,7 @@ class Engine:
     def _progress(self, shard: Shard) -> dict[str, Any]:
         return {
             "counts": dict(shard.counts),
+            "kept": dict(shard.kept),
             "bytes": shard.bytes,
             "throttled": self.hosts.throttled(),
             "paused": self.watch.paused_s,

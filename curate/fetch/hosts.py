@@ -22,6 +22,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 SLOTS = 1 << 15
@@ -174,6 +175,9 @@ class Hosts:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
+        if self._workers == 1:
+            yield
+            return
         fcntl.lockf(self._file, fcntl.LOCK_EX)
         try:
             yield
@@ -181,6 +185,7 @@ class Hosts:
             fcntl.lockf(self._file, fcntl.LOCK_UN)
 
 
+@lru_cache(1 << 14)
 def _slot(host: str) -> int:
     name = host.rstrip(".").encode()  # example.org. is example.org
     return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "big") % SLOTS

@@ -225,15 +225,18 @@ class Transfer:
         A body that is, or becomes, large waits until there is memory for all that it may be.
         """
         coding = ContentCoding(response.headers.get("Content-Encoding", ""))
-        body, on_wire, sniffed, has_memory = bytearray(), 0, False, False
         most = self.config.max_bytes
+        if coding.plain and 0 < (response.content_length or 0) <= min(SMALL_BYTES, most):
+            small = await response.content.read()  # no larger than it says: the parser sees to that
+            _check_start(small, response)
+            return small
+        body, on_wire, sniffed, has_memory = bytearray(), 0, False, False
         async for chunk in response.content.iter_any():
             on_wire += len(chunk)
             body += coding.decode(chunk, room=most - len(body))
             if not sniffed and len(body) >= SNIFF_BYTES:
                 sniffed = True
-                if refused := refusal(body, response.content_type):
-                    raise TransferError(refused.reason, refused.value, http_status=200)
+                _check_start(body, response)
             if max(len(body), on_wire) > most:
                 raise TransferError(Reason.TOO_LARGE, f"over {most} bytes", http_status=200)
             if not has_memory and max(len(body), response.content_length or 0) > SMALL_BYTES:
@@ -244,6 +247,12 @@ class Transfer:
         if not body:
             raise TransferError(Reason.EMPTY_BODY, http_status=200)
         return bytes(body)
+
+
+def _check_start(body: bytes | bytearray, response: aiohttp.ClientResponse) -> None:
+    """Raise TransferError if the body begins like no image; what is too short to tell is the decoder's to refuse."""
+    if len(body) >= SNIFF_BYTES and (refused := refusal(body, response.content_type)):
+        raise TransferError(refused.reason, refused.value, http_status=200)
 
 
 class Deadline:

@@ -156,7 +156,8 @@ def _turbo(content: bytes, header: Header, resize: Resize) -> RGB:
     wanted = DCT_MARGIN * (resize.factor(header.width, header.height) or 1.0)
     step = next((step for step in _DCT_STEPS if step * wanted <= 1), 1)
     least = {"min_width": math.ceil(header.width / step), "min_height": math.ceil(header.height / step)}
-    size: dict[str, Any] = least if step > 1 else {}
+    # What is scaled down needs no smooth colours between the few that a JPEG has.
+    size: dict[str, Any] = {**(least if step > 1 else {}), "fastupsample": wanted < DCT_MARGIN}
     try:
         return simplejpeg.decode_jpeg(content, "RGB", **size)
     except ValueError as error:

@@ -26,12 +26,11 @@ def pixel_signals(rgb: RGB) -> dict[str, int | float]:
     """
     small = _small(rgb)
     luma = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
-    share = np.bincount(luma.ravel(), minlength=256) / luma.size
+    share = cv2.calcHist([luma], [0], None, [256], [0, 256]).ravel().astype(np.float64) / luma.size
     levels = np.arange(256.0)
     mean = float(share @ levels)
     seen = share[share > 0]
-    coarse = (small >> 4).astype(np.uint16)
-    colours = np.bincount(((coarse[..., 0] << 8) | (coarse[..., 1] << 4) | coarse[..., 2]).ravel())
+    colours = cv2.calcHist([small], [0, 1, 2], None, [16, 16, 16], [0, 256] * 3)
     _, spread = cv2.meanStdDev(cv2.Laplacian(luma, cv2.CV_16S))
     return {
         "phash": _phash_of_luma(luma),
@@ -70,6 +69,6 @@ def _small(rgb: RGB) -> RGB:
 def _phash_of_luma(luma: npt.NDArray[Any]) -> int:
     small = cv2.resize(luma, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
     low = cv2.dct(small)[:8, :8].ravel()
-    bits = low > np.median(low[1:])
+    bits = low > np.partition(low[1:], 31)[31]  # the median of 63
     bits[0] = False
     return int.from_bytes(np.packbits(bits).tobytes(), "big", signed=True)
