@@ -310,15 +310,16 @@ def by_scaled_decode(body: bytes, margin: float) -> RGB:
 
 
 def by_halves(body: bytes) -> RGB:
-    """libjpeg-turbo at the smallest of 1, 1/2, 1/4 and 1/8 with twice the pixels wanted; those are its quick scales.
+    """libjpeg-turbo at the smallest of 1, 1/2, 1/4, 1/8 with 1.8 times the pixels wanted; those are its quick scales.
 
-    Then to exactly twice the size by lines, and by 2 × 2 pixels to the size: a third of what any other area takes.
+    Its colours are not smoothed. Then to exactly twice the size by lines, and by 2 × 2 pixels to the size: a third of
+    what any other area takes.
     """
     height, width, *_ = simplejpeg.decode_jpeg_header(body)
     wide, high = target_of(height, width)
-    factor = max((n for n in (2, 4, 8) if width >= 2 * n * wide and height >= 2 * n * high), default=1)
+    factor = max((n for n in (2, 4, 8) if width >= 1.8 * n * wide and height >= 1.8 * n * high), default=1)
     least = {"min_width": -(-width // factor), "min_height": -(-height // factor), "min_factor": 1}
-    bgr = simplejpeg.decode_jpeg(body, "BGR", **(least if factor > 1 else {}))
+    bgr = simplejpeg.decode_jpeg(body, "BGR", fastupsample=True, **(least if factor > 1 else {}))
     double = cv2.resize(bgr, (2 * wide, 2 * high), interpolation=cv2.INTER_LINEAR)
     return np.asarray(cv2.resize(double, (wide, high), interpolation=cv2.INTER_AREA), np.uint8)
 

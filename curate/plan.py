@@ -300,7 +300,8 @@ def _load(db: duckdb.DuckDBPyConnection, spill: Buckets, bucket: int, carried: S
 def _no_plan() -> pa.Table:
     import pyarrow as pa
 
-    return pa.schema({"key": pa.string(), "url": pa.string(), "file_": pa.int32()}).empty_table()
+    schema = pa.schema({"key": pa.string(), "url": pa.string(), "file_": pa.int32()})
+    return pa.Table.from_arrays([pa.nulls(0, kind) for kind in schema.types], schema=schema)
 
 
 def _stripped(url: str) -> str:

@@ -4,6 +4,7 @@
     frontier   which request may go next
     hosts      the turn of a host, over all processes
     robots     robots.txt, read once an origin by all processes
+    origins    what they say, in a database
     transfer   one request → one body
     guard      which addresses a request may go to
     manners    opt-outs, Retry-After, back-off
@@ -35,10 +36,12 @@ from typing import TYPE_CHECKING, Any
 from curate.config import FetchConfig
 from curate.errors import InputError
 from curate.fetch.rows import RAW_COLUMNS, SUCCESS
-from curate.shards import digest, fingerprint, made_from, sweep, write_text
+from curate.shards import digest, fingerprint, made_from, read_rows, sweep, write_text
 
 if TYPE_CHECKING:
-    from curate.executor import Work
+    from contextlib import AbstractAsyncContextManager
+
+    from curate.executor import Do, Work
     from curate.fetch.task import ShardTask
 
 __all__ = ["RAW_COLUMNS", "SUCCESS", "FetchResult", "run"]
@@ -46,7 +49,7 @@ __all__ = ["RAW_COLUMNS", "SUCCESS", "FetchResult", "run"]
 logger = logging.getLogger("cliptailor")
 
 # Raise it when the same responses would be stored otherwise than before.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Keys of FetchConfig that decide how fast and how patiently, not what is stored.
 MANNER_OF_FETCHING = frozenset(
     {
@@ -166,11 +169,9 @@ def _is_made(task: ShardTask) -> bool:
 
 
 def _has_passing(stem: Path) -> bool:
-    import pyarrow.parquet as pq
-
     from curate.fetch.reuse import may_pass
 
-    ends = pq.read_table(stem.with_suffix(".parquet"), columns=["reason", "http_status"])
+    ends = read_rows(stem.with_suffix(".parquet"), ["reason", "http_status"])
     unique = ends.group_by(ends.column_names).aggregate([]).to_pylist()
     return any(may_pass(end["reason"], end["http_status"]) for end in unique)
 
@@ -206,13 +207,12 @@ def _cores() -> int:
 
 def _fetch(todo: list[ShardTask], state: Path, config: FetchConfig) -> None:
     from curate.executor import run_over
-    from curate.fetch import hosts, robots
-    from curate.fetch.engine import write_dead_shard
+    from curate.fetch import hosts, origins
     from curate.fetch.tell import Teller
 
     processes = min(config.processes or _cores(), len(todo))
     hosts.create(state / "hosts", processes)
-    robots.prepare(state / "robots.sqlite")
+    origins.prepare(state / "robots.sqlite")
     with Teller(todo) as teller:
         workers = run_over(
             _work(config, state, has_urls=todo[0].root is None),
@@ -224,6 +224,8 @@ def _fetch(todo: list[ShardTask], state: Path, config: FetchConfig) -> None:
         with closing(workers) as outcomes:
             for outcome in outcomes:
                 if outcome.died and not _is_whole(outcome.item):
+                    from curate.fetch.engine import write_dead_shard
+
                     counts = write_dead_shard(outcome.item, outcome.item.made_from + DIED)
                     teller.report(
                         outcome.item, {"counts": counts, "kept": {}, "bytes": 0, "throttled": [], "paused": 0.0}
@@ -241,19 +243,23 @@ def _work(config: FetchConfig, state: Path, *, has_urls: bool) -> Work:
 
         img2dataset.prepare()
         return partial(img2dataset.open_worker, state=state, config=config)
+    return partial(_native, state=state, config=config)
+
+
+def _native(number: int, *, state: Path, config: FetchConfig) -> AbstractAsyncContextManager[Do]:
+    """The worker of the native engine, whose modules only it imports, and not this process."""
     from curate.fetch import engine
 
-    return partial(engine.open_worker, state=state, config=config)
+    return engine.open_worker(number, state=state, config=config)
 
 
 def _count(stems: list[Path]) -> dict[str, int]:
     """Rows by reason over finished shards, from the shards themselves; most frequent first."""
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     counts: Counter[str] = Counter()
     for stem in stems:
-        reasons = pq.read_table(stem.with_suffix(".parquet"), columns=["reason"])["reason"]
-        tally: list[dict[str, Any]] = pc.value_counts(pc.fill_null(reasons, SUCCESS)).to_pylist()
-        counts.update({entry["values"]: entry["counts"] for entry in tally})
+        reasons = read_rows(stem.with_suffix(".parquet"), ["reason"])["reason"]
+        tally: list[dict[str, Any]] = pc.value_counts(reasons).to_pylist()
+        counts.update({entry["values"] or SUCCESS: entry["counts"] for entry in tally})
     return dict(counts.most_common())

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import pyarrow.parquet as pq
 from yarl import URL
 
 from curate.config import FetchConfig
@@ -53,7 +52,7 @@ from curate.fetch.transfer import (
     reach,
 )
 from curate.ledger import Reason
-from curate.shards import ShardWriter, write_text
+from curate.shards import ShardWriter, read_rows, write_text
 
 Row = dict[str, Any]
 Report = Callable[[dict[str, Any]], None]
@@ -177,7 +176,7 @@ class Engine:
     async def make(self, task: ShardTask, report: Report) -> None:
         """Fetch every candidate of a plan file and write the raw shard."""
         started, number = time.monotonic(), next(self._numbers)
-        candidates = await asyncio.to_thread(pq.read_table, task.plan, page_checksum_verification=True)
+        candidates = await asyncio.to_thread(read_rows, task.plan)
         writer = ShardWriter(task.stem, raw_schema(candidates.schema), made_from=task.made_from)
         async with _written_in_a_thread(writer), _reported(report) as tell:
             with self.decoder.journal(task.stem) as journal:
@@ -416,7 +415,7 @@ async def _reported(report: Report) -> AsyncIterator[Callable[[Callable[[], dict
 
 def write_dead_shard(task: ShardTask, made_from: str) -> Counter[str]:
     """Write a shard whose worker died each time: the rows that were not there before fail as `worker_died`."""
-    candidates = pq.read_table(task.plan, page_checksum_verification=True)
+    candidates = read_rows(task.plan)
     with ShardWriter(task.stem, raw_schema(candidates.schema), made_from=made_from) as writer:
         counts: Counter[str] = Counter()
 

@@ -26,7 +26,6 @@ import fcntl
 import hashlib
 import os
 import re
-import sqlite3
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
@@ -38,13 +37,13 @@ from protego import Protego
 from yarl import URL
 
 from curate.config import AGENT
+from curate.fetch.origins import KEPT_S, open_origins
 from curate.fetch.transfer import Page, TransferError
 from curate.ledger import Reason
 
 # RFC 9309, 2.5: at least the first 500 kibibytes must be read.
 MOST_BYTES = 500 << 10
 MOST_REDIRECTS = 5
-KEPT_S = 24 * 3600.0
 # An origin that cannot be read is asked again after a first pause, then after four times as long, up to this.
 LONGEST_PAUSE_S = 3600.0
 # Characters of rules that are held parsed, which takes up to a hundred times as many bytes, and what an entry costs.
@@ -58,10 +57,6 @@ _AGENT_LINE = re.compile(r"user[\s-]?agent\s*[:\s]\s*(.*)", re.IGNORECASE)
 # Said of the whole site; stands between the lines of a group without ending it.
 _SITE_LINE = re.compile(r"(sitemap|site-map|host)\s*[:\s]", re.IGNORECASE)
 _TOKEN = re.compile(r"[a-z_-]*")
-
-_TABLE = """CREATE TABLE IF NOT EXISTS origins (
-    origin TEXT PRIMARY KEY, until REAL NOT NULL, tries INTEGER NOT NULL, rules TEXT, reason TEXT, value TEXT
-) WITHOUT ROWID"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,36 +75,6 @@ class Verdict:
 ALLOWED = Verdict()
 
 
-def prepare(path: Path) -> None:
-    """Make the database, or take what is out of date out of the one that is there; before any worker opens it.
-
-    One that cannot be read is made anew: what it held can be asked for again.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _prune(path)
-    except sqlite3.DatabaseError:
-        for suffix in ("", "-wal", "-shm"):
-            path.with_name(path.name + suffix).unlink(missing_ok=True)
-        _prune(path)
-
-
-def _prune(path: Path) -> None:
-    db = _open(path)
-    try:
-        db.execute("DELETE FROM origins WHERE until < ?", (time.time() - KEPT_S,))
-    finally:
-        db.close()
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, isolation_level=None, timeout=30)
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = OFF")  # a cache: after a power cut it is read again
-    db.execute(_TABLE)
-    return db
-
-
 class Robots:
     """What the robots.txt of each origin says; one for each worker, over one database.
 
@@ -121,7 +86,7 @@ class Robots:
     """
 
     def __init__(self, path: Path, read: Callable[[URL, str], Awaitable[Page]], first_pause_s: float = 5.0) -> None:
-        self._db = _open(path)
+        self._db = open_origins(path)
         self._locks = os.open(path.with_name(f"{path.name}-lock"), os.O_RDWR | os.O_CREAT, 0o644)
         self._read, self._first_pause_s = read, first_pause_s
         self._known: OrderedDict[str, _Entry] = OrderedDict()

@@ -28,8 +28,8 @@ from curate.ledger import Reason
 # libjpeg's work grows with the scans, and a file of a few kB can have a thousand; real ones have about ten.
 MAX_SCANS = 200
 # Scaled decoding leaves at least so many times the pixels a side that are wanted: what is then left to the area filter
-# looks as if all had been decoded (on photographs at 256 pixels, 42 dB and more; 33 in places with 1.5 times).
-DCT_MARGIN = 2
+# looks as if all had been decoded (on sharp photographs at 256 pixels, 41 dB and more; 36 with 1.5 times).
+DCT_MARGIN = 1.8
 # libjpeg-turbo has vector code for these; by 8/7, 8/6, 8/5 or 8/3 it takes longer than for all pixels.
 _DCT_STEPS = (8, 4, 2)
 _COMPONENTS = {"Gray": 1, "CMYK": 4, "YCCK": 4}  # of a JPEG; of any other kind 3

@@ -1,4 +1,4 @@
-"""What the pixels of an image tell, measured on a small copy of it: its longer side SIDE pixels at most, by area."""
+"""What the pixels of an image tell, measured on a small copy of it: its longer side SIDE pixels at most."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from curate.images.colours import RGB
-from curate.images.resizing import by_area
 
 SIDE = 128
 PIXEL_SIGNALS = ("phash", "luma_mean", "luma_std", "entropy", "blur", "dominant_share")
@@ -53,17 +52,17 @@ def phash(rgb: RGB) -> int:
 
 
 def _small(rgb: RGB) -> RGB:
+    """The image in SIDE pixels: by means of whole blocks to less than twice of that, and the rest by lines."""
     height, width = rgb.shape[:2]
     factor = SIDE / max(width, height)
     if factor >= 1:
         return rgb
+    step = min(height, width, int(1 / factor))
+    if step > 1:  # what does not fill the last block is left out
+        whole = rgb[: height // step * step, : width // step * step]
+        rgb = np.asarray(cv2.resize(whole, (width // step, height // step), interpolation=cv2.INTER_AREA), np.uint8)
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    step = min(height, width, int(0.5 / factor))
-    if step > 1:  # whole steps are quick; what does not fill the last one is left out
-        height, width = height // step, width // step
-        whole = rgb[: height * step, : width * step]
-        rgb = np.asarray(cv2.resize(whole, (width, height), interpolation=cv2.INTER_AREA), dtype=np.uint8)
-    return by_area(rgb, size, (width, height))
+    return np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_LINEAR), np.uint8)
 
 
 def _phash_of_luma(luma: npt.NDArray[Any]) -> int:

@@ -260,3 +260,24 @@ def test_many_rows_share_few_connections(server, tmp_path):
     assert run(tmp_path, impatient(per_host=8, read_timeout_s=10.0, total_timeout_s=10.0)).images == 600
     assert server.accepted <= 8
     assert server.asked.total() == 601  # with robots.txt
+
+
+LIGHT = """
+import sys
+from pathlib import Path
+from curate import fetch, plan
+from curate.config import FetchConfig, PlanConfig
+if __name__ == "__main__":
+    urls, out = sys.argv[1], Path(sys.argv[2])
+    plan.run(urls, out, PlanConfig(), [])
+    assert fetch.run(out, FetchConfig(processes=1, allow_addresses=["127.0.0.0/8"])).images == 4
+    print(sorted({"pandas", "cv2", "aiohttp", "PIL", "torch"} & set(sys.modules)))
+"""
+
+
+def test_the_parent_of_the_workers_imports_nothing_heavy(server, tmp_path):
+    urls = [server.add(f"/{number}.jpg", page(jpeg(number))) for number in range(4)]
+    (tmp_path / "list.csv").write_text("url,caption\n" + "".join(f"{url},a\n" for url in urls))
+    (tmp_path / "light.py").write_text(LIGHT)
+    command = [sys.executable, tmp_path / "light.py", tmp_path / "list.csv", tmp_path / "out"]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip() == "[]"

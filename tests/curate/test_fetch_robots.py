@@ -12,7 +12,8 @@ import pytest
 from yarl import URL
 
 from curate.config import FetchConfig
-from curate.fetch.robots import MOST_BYTES, Robots, prepare, rules_for_us, text_of
+from curate.fetch.origins import prepare
+from curate.fetch.robots import MOST_BYTES, Robots, rules_for_us, text_of
 from curate.fetch.transfer import Page, Transfer, open_session
 from curate.ledger import Reason
 from tests.curate.fetching import fetch_here, impatient, jpeg
