@@ -42,18 +42,24 @@ def build(config: BuildConfig, stages: Sequence[str] = ()) -> None:
 
 
 def _check_filters(config: BuildConfig) -> None:
-    """Tell mistakes in the filters before any work, and that one needs a CLIP before an hour of download."""
+    """Tell mistakes in the filters and in what is measured before any work, not after an hour of download."""
     steps = parse_steps(config.filters)
-    if steps and config.measure.clip is None:
+    if steps:
         from curate.expressions import check_measured
 
-        check_measured(steps)
+        check_measured(steps, config.measure)
+    if config.measure.safety or config.measure.signals:
+        from curate.measure import check
+
+        check(config.measure)
 
 
 def _plan(config: BuildConfig) -> None:
     from curate import plan
+    from curate.signals import asked, columns_of
 
-    result = plan.run(str(config.urls), config.out, config.plan, parse_steps(config.filters))
+    signals = columns_of(asked(config.measure))
+    result = plan.run(str(config.urls), config.out, config.plan, parse_steps(config.filters), signals)
     dropped = sum(result.dropped.values())
     changed = (
         f" ({result.new:,} new, {result.gone:,} gone)" if 0 < result.new < result.candidates or result.gone else ""
@@ -83,11 +89,7 @@ def _measure(config: BuildConfig) -> None:
 
     _needs(config.out / "raw", "fetch")
     result = measure.run(config.out, config.measure)
-    what = (
-        f"{result.images:,} images in {result.made:,} shards, {result.reused:,} shards were there"
-        if config.measure.clip
-        else "no CLIP asked for (measure.clip)"
-    )
+    what = f"{result.images:,} images looked at; {result.made:,} files made, {result.reused:,} were there"
     _say("measure", bool(result.made), what)
 
 
@@ -96,7 +98,7 @@ def _select(config: BuildConfig) -> None:
 
     _needs(config.out / "raw", "fetch")
     result = select.run(
-        config.out, parse_steps(config.filters), config.select, config.pack, config.measure.clip, config.seed
+        config.out, parse_steps(config.filters), config.select, config.pack, config.measure, config.seed
     )
     _say("select", result.made, _counts(result.kept))
 

@@ -160,10 +160,16 @@ class ClipConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureConfig:
-    """Which signals are computed from the downloaded images."""
+    """Which signals are computed from the downloaded images and their captions."""
 
+    text: bool = True
+    """What captions tell by themselves: language, letter_share, is_filename, is_boilerplate …; see docs/signals.md."""
+    safety: bool = False
+    """The column nsfw, the probability that an image is not safe for work; needs pip install 'cliptailor[safety]'."""
     clip: ClipConfig | None = None
     """The CLIP whose embeddings and score (column clip_score) are stored; none by default."""
+    signals: list[dict[str, Any]] = field(default_factory=list)
+    """Signals of your own: name, function (my_module:my_function) and columns; see docs/signals.md."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,11 @@ from typing import Any
 
 import duckdb
 
+from curate.config import MeasureConfig
 from curate.database import first_line, literal, quoted, scalar
 from curate.errors import ConfigError, did_you_mean
 from curate.filters import Decontaminate, Dedup, Relevance, Step, Top, Where
+from curate.signals import GROUPS, columns_of, how_to_get
 
 PLAN_COLUMNS = {
     "key": "VARCHAR",
@@ -33,9 +35,12 @@ FETCH_COLUMNS = {
     **dict.fromkeys(("status", "error_message", "sha256", "reason", "value", "format", "exif"), "VARCHAR"),
     **dict.fromkeys(("width", "height", "original_width", "original_height"), "BIGINT"),
     **dict.fromkeys(("http_status", "bytes", "phash"), "BIGINT"),
-    **dict.fromkeys(("luma_mean", "luma_std", "entropy", "aspect", "blur", "dominant_share"), "DOUBLE"),
+    **dict.fromkeys(("luma_mean", "luma_std", "entropy", "aspect", "blur", "dominant_share", "border_share"), "DOUBLE"),
 }
-SIGNAL_COLUMNS = {"clip_score": "FLOAT"}
+# What select counts itself, where a step asks for it: how many images came with a row's caption.
+SELECT_COLUMNS = {"caption_count": "BIGINT"}
+# The signals there can be without a user's own ones.
+SIGNAL_COLUMNS = columns_of(GROUPS)
 
 _ALLOWED = frozenset(
     (
@@ -131,20 +136,23 @@ def check_steps(db: duckdb.DuckDBPyConnection, steps: Sequence[Step], types: dic
                 db.execute(f"EXPLAIN SELECT 1 FROM (SELECT {row}) {clause}").fetchall()
 
 
-def check_measured(steps: Sequence[Step]) -> None:
-    """Check that no step needs what a CLIP measures; for a configuration without one. Needs no list and no data.
+def check_measured(steps: Sequence[Step], measured: MeasureConfig) -> None:
+    """Check that no step needs a signal that nothing measures. Needs no list and no data.
 
     Raises:
-        ConfigError: names the first step that compares embeddings or names a column such as clip_score.
+        ConfigError: names the first such step, what it needs, and how to get it.
     """
     with duckdb.connect(":memory:") as db:
         for step in steps:
             named = {name.lower() for text in _texts(step) for node in _parsed(db, step, text) for name in _names(node)}
-            if what := "embeddings" if embeds(step) else ", ".join(sorted(named & SIGNAL_COLUMNS.keys())):
-                raise ConfigError(
-                    f"{label(step)}: needs {what}, and no CLIP is to measure that: set measure.clip.name and "
-                    "measure.clip.pretrained, or leave the step out"
-                )
+            needs = {name: name for name in sorted(named & SIGNAL_COLUMNS.keys())}
+            if embeds(step):
+                needs = {"clip_score": "embeddings", **needs}
+            for column, what in needs.items():
+                if how := how_to_get([column], measured):
+                    raise ConfigError(
+                        f"{label(step)}: needs {what}, which nothing measures: {how}; or leave the step out"
+                    )
 
 
 def embeds(step: Step) -> bool:

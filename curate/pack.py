@@ -27,6 +27,7 @@ from curate.shards import (
     shard_name,
     sweep,
 )
+from curate.signals import beside, files_of, groups_there
 
 FORMAT = 1
 
@@ -77,7 +78,8 @@ def run(out: Path, config: PackConfig, seed: int) -> PackResult:
     sweep(folder)
     samples = _kept(out / "ledger.parquet")
     shards = [shard for split in SPLITS for shard in _cut(split, samples[split], config.shard_size)]
-    raw, signals = (sorted((out / stage).glob("[0-9]*.parquet")) for stage in ("raw", "signals"))
+    raw = sorted((out / "raw").glob("[0-9]*.parquet"))
+    signals = [path for group in groups_there(out) for path in files_of(out, group)]
     # The ledger says who is kept, the raw shards' own fingerprints which bytes that means.
     inputs = [digest(out / "ledger.parquet"), *((made_from(path), digest(path)) for path in (*raw, *signals))]
     made = fingerprint("pack", FORMAT, inputs, asdict(config), seed)
@@ -147,7 +149,7 @@ def _load(db: duckdb.DuckDBPyConnection, out: Path, raw: list[Path], seed: int) 
             row_number() OVER (PARTITION BY split ORDER BY {seeded(seed, "order")}, key) - 1 AS place_
         FROM read_parquet({files([out / "ledger.parquet"])}) WHERE kept""")
     tar = {path: number for number, path in enumerate(raw)}
-    queries = (_facts(out / "signals", {path: tar[path] for path in part}) for part in parts(raw))
+    queries = (_facts(out, {path: tar[path] for path in part}) for part in parts(raw))
     create_in_parts(db, "facts", queries)
     db.execute("CREATE TABLE samples AS SELECT * FROM facts WHERE image_offset IS NOT NULL ORDER BY split_, place_")
     db.execute("DROP TABLE facts")
@@ -155,14 +157,12 @@ def _load(db: duckdb.DuckDBPyConnection, out: Path, raw: list[Path], seed: int) 
         raise InputError(f"{out / 'raw'}: lacks the images of {lacking} kept rows; run `curate build` again")
 
 
-def _facts(signals: Path, tar: dict[Path, int]) -> str:
+def _facts(out: Path, tar: dict[Path, int]) -> str:
     """SQL for the kept rows of some raw shards, with the number of the tar each lies in."""
     numbers = ", ".join(f"({literal(str(path.resolve()))}, {number})" for path, number in tar.items())
     facts = f"""(SELECT * EXCLUDE (filename) FROM read_parquet({files(list(tar))}, filename = true)
         JOIN (VALUES {numbers}) numbered(filename, tar_) USING (filename))"""
-    measured = [signals / path.name for path in tar if (signals / path.name).exists()]
-    if measured:
-        facts = f"({facts} LEFT JOIN (SELECT key, clip_score FROM read_parquet({files(measured)})) USING (key))"
+    facts = beside(facts, out, [path.stem for path in tar], groups_there(out))
     return f"SELECT * FROM {facts} JOIN places USING (key)"
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import takewhile
@@ -32,6 +32,7 @@ from curate.errors import InputError
 from curate.expressions import (
     FETCH_COLUMNS,
     PLAN_COLUMNS,
+    SELECT_COLUMNS,
     SIGNAL_COLUMNS,
     check_steps,
     drop_where,
@@ -78,7 +79,7 @@ PLACE = frozenset(("source_file", "source_offset", "source_size"))
 RESERVED = frozenset(
     (
         *PLACE,
-        *(*PLAN_COLUMNS, *FETCH_COLUMNS, *SIGNAL_COLUMNS, *OFFSET_COLUMNS),
+        *(*PLAN_COLUMNS, *FETCH_COLUMNS, *SIGNAL_COLUMNS, *SELECT_COLUMNS, *OFFSET_COLUMNS),
         *("image_embedding", "text_embedding"),
         *("kept", "split", "stage", "step", "twin", "duplicate_group"),
         *("base_", "problem_", "nth_", "file_", "known_"),  # of this module's own tables
@@ -120,12 +121,18 @@ class PlanResult:
     gone: int = 0
 
 
-def run(urls: str, out: Path, config: PlanConfig, steps: Sequence[Step]) -> PlanResult:
+def run(
+    urls: str, out: Path, config: PlanConfig, steps: Sequence[Step], signals: Mapping[str, str] = SIGNAL_COLUMNS
+) -> PlanResult:
     """Write `out/plan/NNNNN.parquet` and `out/plan/dropped.parquet`; see docs/architecture.md for their columns.
 
-    Args: urls: a list, or images that are there already; see `curate.lists` and `curate.sources`. out: the dataset's
-        folder. config: names of columns, candidates a file. steps: all filter steps; each is checked, and the `where`
-        steps before any other kind that need only the list's columns are applied.
+    Args:
+        urls: a list, or images that are there already; see `curate.lists` and `curate.sources`.
+        out: the dataset's folder.
+        config: names of columns, candidates a file.
+        steps: all filter steps; each is checked, and the `where` steps before any other kind that need only the list's
+            columns are applied.
+        signals: the columns that will be measured later, and their DuckDB types.
 
     Raises:
         InputError: the list cannot be read, or has no rows.
@@ -140,7 +147,7 @@ def run(urls: str, out: Path, config: PlanConfig, steps: Sequence[Step]) -> Plan
         with readable_list(source):
             types = column_types(db, table)
         columns = choose_columns(types, source, config, RESERVED - PLACE if source.root else RESERVED)
-        pushed = _pushed(db, steps, {**PLAN_COLUMNS, **columns.types})
+        pushed = _pushed(db, steps, {**PLAN_COLUMNS, **columns.types}, signals)
         inputs = fingerprint("plan", FORMAT, *_inputs(source, config, pushed))
         before = _read_done(folder)
         same_root = before.get("root") == (str(source.root) if source.root else None)
@@ -171,9 +178,11 @@ def _plain(result: PlanResult) -> dict[str, Any]:
     return {name: value for name, value in asdict(result).items() if name not in ("made", "new", "gone")}
 
 
-def _pushed(db: duckdb.DuckDBPyConnection, steps: Sequence[Step], types: dict[str, str]) -> list[Where]:
+def _pushed(
+    db: duckdb.DuckDBPyConnection, steps: Sequence[Step], types: dict[str, str], signals: Mapping[str, str]
+) -> list[Where]:
     """Check all steps; give those that can be decided before the download without changing what comes out."""
-    every = {**FETCH_COLUMNS, **SIGNAL_COLUMNS, **types}
+    every = {**FETCH_COLUMNS, **SELECT_COLUMNS, **signals, **types}
     check_steps(db, steps, every)
     first = [step for step in takewhile(lambda step: isinstance(step, Where), steps) if isinstance(step, Where)]
     return [step for step in first if set(step_expressions(db, step, every)[0].columns) <= types.keys()]

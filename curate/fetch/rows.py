@@ -36,6 +36,7 @@ RAW_COLUMNS = {
     "entropy": "double",
     "blur": "double",
     "dominant_share": "double",
+    "border_share": "double",
     "aspect": "double",
     "exif": "string",
 }

@@ -12,7 +12,9 @@ import numpy.typing as npt
 from curate.images.colours import RGB
 
 SIDE = 128
-PIXEL_SIGNALS = ("phash", "luma_mean", "luma_std", "entropy", "blur", "dominant_share")
+PIXEL_SIGNALS = ("phash", "luma_mean", "luma_std", "entropy", "blur", "dominant_share", "border_share")
+# A line of pixels is flat when its luma differs by no more: JPEG's noise around an edge is as large.
+FLAT = 12
 
 
 def pixel_signals(rgb: RGB) -> dict[str, int | float]:
@@ -22,6 +24,7 @@ def pixel_signals(rgb: RGB) -> dict[str, int | float]:
     - `luma_mean`, `luma_std`, of the luma (0–255); `entropy`: of its histogram, in bits.
     - `blur`: the variance of the luma's Laplacian; low where nothing is sharp (Pech-Pacheco et al. 2000).
     - `dominant_share`: of the most frequent colour, of 16 levels a channel.
+    - `border_share`: of the area that lies in flat margins, as of a letterbox or a cut-out on white; 1 if all is flat.
     """
     small = _small(rgb)
     luma = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
@@ -38,7 +41,17 @@ def pixel_signals(rgb: RGB) -> dict[str, int | float]:
         "entropy": round(abs(float(seen @ np.log2(seen))), 4),
         "blur": round(float(spread[0, 0]) ** 2, 2),
         "dominant_share": round(int(colours.max()) / luma.size, 4),
+        "border_share": _border_share(luma),
     }
+
+
+def _border_share(luma: npt.NDArray[Any]) -> float:
+    inner = 1.0
+    for axis in (0, 1):
+        lightest, darkest = (cv2.reduce(luma, axis, kind).ravel() for kind in (cv2.REDUCE_MAX, cv2.REDUCE_MIN))
+        (busy,) = np.nonzero(lightest.astype(np.int16) - darkest > FLAT)
+        inner *= (int(busy[-1]) - int(busy[0]) + 1) / len(lightest) if len(busy) else 0.0
+    return round(1.0 - inner, 4)
 
 
 def phash(rgb: RGB) -> int:

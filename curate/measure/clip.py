@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
@@ -29,25 +27,13 @@ logger = logging.getLogger("cliptailor")
 BATCHES_AHEAD = 2  # decoded and waiting: enough to keep the encoder busy, and a ceiling for memory
 
 
-def fetched_rows(stem: Path) -> pa.Table:
-    """key, caption and place of the images that a raw shard holds, by key."""
-    table = pq.read_table(stem.with_suffix(".parquet"), columns=["key", "caption", "image_offset", "image_size"])
-    return table.filter(pc.is_valid(table["image_offset"])).sort_by("key")
-
-
-def count_images(stem: Path) -> int:
-    """How many images a raw shard holds."""
-    offsets = pq.read_table(stem.with_suffix(".parquet"), columns=["image_offset"])["image_offset"]
-    return len(offsets) - int(offsets.null_count)
-
-
 def embed_shard(clip: Clip, tar: Path, rows: pa.Table, batch_size: int, advance: Callable[..., None]) -> pa.Table:
     """Embed the images and captions of one shard.
 
     Args:
         clip: the scorer.
         tar: where the images lie.
-        rows: as `fetched_rows` gives them.
+        rows: as `images.fetched_rows` gives them.
         batch_size: images, or captions, encoded at once.
         advance: called with the number of images done.
 

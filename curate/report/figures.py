@@ -19,6 +19,7 @@ from curate.database import SPILL, column_types, connect, create_in_parts, files
 from curate.errors import InputError
 from curate.report.definitions import STAGES, define
 from curate.shards import SPLITS
+from curate.signals import beside, files_of, groups_there
 
 if TYPE_CHECKING:
     import duckdb
@@ -93,9 +94,9 @@ def open_tables(out: Path) -> duckdb.DuckDBPyConnection:
     paths = {
         "planned": [*numbered(out / "plan"), *(out / "plan").glob("dropped.parquet")],
         "raw": numbered(out / "raw"),
-        "signals": numbered(out / "signals"),
     }
-    database = connect("2GB", 0, out / SPILL, [ledger, *(some[0].parent for some in paths.values() if some)])
+    folders = [some[0].parent for some in paths.values() if some]
+    database = connect("2GB", 0, out / SPILL, [ledger, *folders, *([out / "signals"] if groups_there(out) else [])])
     database.execute(f"CREATE VIEW ledger AS FROM read_parquet({files([ledger])})")
     for name, some in paths.items():
         if some:
@@ -103,7 +104,22 @@ def open_tables(out: Path) -> duckdb.DuckDBPyConnection:
             wanted = ", ".join(column for column in COLUMNS[name] if column in there)
             queries = (f"SELECT {wanted} FROM read_parquet({files(part)}, filename = true)" for part in parts(some))
             create_in_parts(database, name, queries)
+    _load_signals(database, out)
     return database
+
+
+def _load_signals(database: duckdb.DuckDBPyConnection, out: Path) -> None:
+    """Table `signals`: what was measured of each image, and is shown."""
+    groups = groups_there(out)
+    if groups:
+        paths = files_of(out, groups[0])
+        sources = [
+            beside(f"(SELECT key FROM read_parquet({files(part)}))", out, [path.stem for path in part], groups)
+            for part in parts(paths)
+        ]
+        there = column_types(database, sources[0])
+        wanted = ", ".join(column for column in COLUMNS["signals"] if column in there)
+        create_in_parts(database, "signals", (f"SELECT {wanted} FROM {source}" for source in sources))
 
 
 def numbered(folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import duckdb
 
-from curate.config import ClipConfig, PackConfig, SelectConfig
+from curate.config import ClipConfig, MeasureConfig, PackConfig, SelectConfig
 from curate.database import (
     SPILL,
     arrow_batches,
@@ -28,6 +28,7 @@ from curate.database import (
 from curate.errors import InputError
 from curate.expressions import (
     FETCH_COLUMNS,
+    SELECT_COLUMNS,
     SIGNAL_COLUMNS,
     check_measured,
     drop_where,
@@ -46,6 +47,7 @@ from curate.select.ranked import apply_sample, apply_top
 from curate.select.retain import find_retainable
 from curate.select.selection import Selection
 from curate.shards import SPLITS, digest, fingerprint, made_from, sweep, write_batches
+from curate.signals import asked, beside, files_of
 
 FORMAT = 2
 
@@ -66,7 +68,7 @@ class SelectResult:
 
 
 def run(
-    out: Path, steps: Sequence[Step], config: SelectConfig, pack: PackConfig, clip: ClipConfig | None, seed: int
+    out: Path, steps: Sequence[Step], config: SelectConfig, pack: PackConfig, measured: MeasureConfig, seed: int
 ) -> SelectResult:
     """Write `out/ledger.parquet`: every row of the list once, kept in a split or dropped by a step.
 
@@ -75,28 +77,30 @@ def run(
         steps: the filters, in order.
         config: limits of the database.
         pack: shares of the splits.
-        clip: what measured the embeddings; None if nothing did.
+        measured: which signals there are.
         seed: of sample, splits and retain.
 
     Raises:
         ConfigError: a step names a column, file or measure that is not there, or an expression is wrong.
         InputError: a stage before this one has not run to its end.
     """
-    if clip is None:
-        check_measured(steps)
+    check_measured(steps, measured)
     sweep(out)
     ledger = out / "ledger.parquet"
-    plan, raw, signals = _stage_files(out, clip)
-    inputs = [digest(path) for path in (*plan, out / "plan" / "dropped.parquet", *raw, *signals)]
-    made = fingerprint("select", FORMAT, inputs, _identity(steps, clip), [pack.val, pack.test, pack.retain], seed)
+    plan, raw, signals = _stage_files(out, measured)
+    every_signal = [path for paths in signals.values() for path in paths]
+    inputs = [digest(path) for path in (*plan, out / "plan" / "dropped.parquet", *raw, *every_signal)]
+    made = fingerprint(
+        "select", FORMAT, inputs, _identity(steps, measured.clip), [pack.val, pack.test, pack.retain], seed
+    )
     if made_from(ledger) != made:
         allowed = [out / "plan", out / "raw", out / "signals"]
         with (
             enough_memory(config.memory_limit),
             connect(config.memory_limit, config.threads, out / SPILL, allowed) as db,
         ):
-            selection = Selection(db, signals, clip, seed)
-            _load(selection, out, plan, raw, steps)
+            selection = Selection(db, signals.get("clip", []), measured.clip, seed)
+            _load(selection, out, plan, raw, steps, list(signals))
             _decide(selection, steps, pack)
             _write(selection, ledger, made)
         return _count(ledger, made=True)
@@ -120,16 +124,19 @@ def apply(selection: Selection, step: Step) -> None:
             apply_sample(selection, step)
 
 
-def _stage_files(out: Path, clip: ClipConfig | None) -> tuple[list[Path], list[Path], list[Path]]:
-    """Files of plan, raw and signals; the stages before must have run."""
-    plan, raw, signals = (sorted((out / stage).glob("[0-9]*.parquet")) for stage in ("plan", "raw", "signals"))
+def _stage_files(out: Path, measured: MeasureConfig) -> tuple[list[Path], list[Path], dict[str, list[Path]]]:
+    """Files of plan, raw and each group of signals; the stages before must have run."""
+    plan, raw = (sorted((out / stage).glob("[0-9]*.parquet")) for stage in ("plan", "raw"))
     if not (out / "plan" / "dropped.parquet").exists():
         raise InputError(f"{out / 'plan'}: not planned to the end; run `curate plan` first")
     if [path.name for path in plan] != [path.name for path in raw]:
         raise InputError(f"{out / 'raw'}: {len(raw)} of {len(plan)} shards; run `curate fetch` first")
-    if clip is not None and [path.name for path in signals] != [path.name for path in raw]:
-        raise InputError(f"{out / 'signals'}: {len(signals)} of {len(raw)} files; run `curate measure` first")
-    return plan, raw, signals if clip is not None else []
+    signals = {group: files_of(out, group) for group in asked(measured)}
+    for group, there in signals.items():
+        if [path.name for path in there] != [path.name for path in raw]:
+            where = out / "signals" / group
+            raise InputError(f"{where}: {len(there)} of {len(raw)} files; run `curate measure` first")
+    return plan, raw, signals
 
 
 def _identity(steps: Sequence[Step], clip: ClipConfig | None) -> list[object]:
@@ -145,18 +152,22 @@ def _identity(steps: Sequence[Step], clip: ClipConfig | None) -> list[object]:
     return parts
 
 
-def _load(selection: Selection, out: Path, plan: list[Path], raw: list[Path], steps: Sequence[Step]) -> None:
+def _load(
+    selection: Selection, out: Path, plan: list[Path], raw: list[Path], steps: Sequence[Step], groups: Sequence[str]
+) -> None:
     """Make tables `rows` (what the steps name of raw, no more) and `planned_drops`; `drops` gets what did not come."""
     db = selection.db
     dropped = f"read_parquet({files([out / 'plan' / 'dropped.parquet'])})"
     db.execute(f"CREATE TABLE planned_drops AS SELECT key, row, url, caption, step, reason, value, twin FROM {dropped}")
-    sources = [_source(out, part, selection.clip is not None) for part in parts(raw)] or [_no_source(db, dropped)]
-    types = column_types(db, sources[0])
+    sources = [_source(out, part, groups) for part in parts(raw)] or [_no_source(db, dropped)]
+    types = {**SELECT_COLUMNS, **column_types(db, sources[0])}
     needed = {"key", "row", "url", "caption", "status", "sha256", "phash", "reason", "value"}
     for step in steps:
         needed |= {name for found in step_expressions(db, step, types) for name in found.columns}
-    columns = ", ".join(quoted(name) for name in types if name in needed)
+    columns = ", ".join(quoted(name) for name in types if name in needed - SELECT_COLUMNS.keys())
     create_in_parts(db, "rows", (f"SELECT {columns} FROM {source}" for source in sources))
+    if "caption_count" in needed:
+        _count_captions(db)
     lacking = sum(
         scalar(db, f"SELECT count(*) FROM read_parquet({files(part)}) ANTI JOIN rows USING (key, row)")
         for part in parts(plan)
@@ -169,13 +180,20 @@ def _load(selection: Selection, out: Path, plan: list[Path], raw: list[Path], st
         FROM rows WHERE status IS DISTINCT FROM 'success'""")
 
 
-def _source(out: Path, raw: list[Path], measured: bool) -> str:
+def _count_captions(db: duckdb.DuckDBPyConnection) -> None:
+    """Add to `rows` how many of the images that came have the row's caption."""
+    db.execute("""
+        CREATE TABLE counted AS SELECT rows.*, coalesce(caption_count, 0) AS caption_count
+        FROM rows LEFT JOIN (
+            SELECT caption, count(*) AS caption_count FROM rows WHERE status = 'success' GROUP BY caption
+        ) USING (caption)""")
+    db.execute("DROP TABLE rows")
+    db.execute("ALTER TABLE counted RENAME TO rows")
+
+
+def _source(out: Path, raw: list[Path], groups: Sequence[str]) -> str:
     """SQL for all that is known of the candidates in some raw shards."""
-    source = f"read_parquet({files(raw)})"
-    if measured:
-        scores = files([out / "signals" / path.name for path in raw])
-        source = f"(SELECT * FROM {source} LEFT JOIN (SELECT key, clip_score FROM read_parquet({scores})) USING (key))"
-    return source
+    return beside(f"read_parquet({files(raw)})", out, [path.stem for path in raw], groups)
 
 
 def _no_source(db: duckdb.DuckDBPyConnection, dropped: str) -> str:

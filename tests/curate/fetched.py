@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from curate import pack, plan, select
-from curate.config import ClipConfig, PackConfig, PlanConfig, SelectConfig
+from curate.config import ClipConfig, MeasureConfig, PackConfig, PlanConfig, SelectConfig
 from curate.expressions import FETCH_COLUMNS
 from curate.filters import parse_steps
 from curate.images import phash
@@ -86,10 +86,18 @@ def write_raw(out: Path, plan_file: Path, rows: Sequence[dict[str, Any]]) -> Non
 
 
 def select_rows(
-    out: Path, filters: Filters, *, clip: ClipConfig | None = None, seed: int = 0, **shares: Any
+    out: Path,
+    filters: Filters,
+    *,
+    clip: ClipConfig | None = None,
+    measured: MeasureConfig | None = None,
+    seed: int = 0,
+    **shares: Any,
 ) -> select.SelectResult:
+    """Select, as if nothing but the CLIP, or what is said, had been measured."""
+    measured = measured or MeasureConfig(text=False, clip=clip)
     config = PackConfig(**{"val": 0, "test": 0, **shares})
-    return select.run(out, parse_steps(filters), ENGINE, config, clip, seed)
+    return select.run(out, parse_steps(filters), ENGINE, config, measured, seed)
 
 
 def pack_rows(out: Path, *, seed: int = 0, **config: Any) -> pack.PackResult:

@@ -29,7 +29,7 @@ def main() -> None:
     """The stages of `curate build` that need no network."""
     folder, kill_at, shard_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     from curate import pack, plan, select
-    from curate.config import PackConfig, PlanConfig, SelectConfig
+    from curate.config import MeasureConfig, PackConfig, PlanConfig, SelectConfig
     from curate.filters import parse_steps
 
     seen: list[str] = []
@@ -38,7 +38,7 @@ def main() -> None:
     steps = parse_steps([{"name": "words", "where": "caption_words > 1"}, {"name": "exact", "dedup": {}}])
     config = PackConfig(shard_size=shard_size, val=0.2, test=0.2)
     plan.run(str(folder.parent / "list.csv"), folder, PlanConfig(shard_size=8), steps)
-    select.run(folder, steps, SelectConfig(memory_limit="300MB", threads=1), config, None, 0)
+    select.run(folder, steps, SelectConfig(memory_limit="300MB", threads=1), config, MeasureConfig(text=False), 0)
     pack.run(folder, config, 0)
     sys.stdout.write(str(len(seen)))
 

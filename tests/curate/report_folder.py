@@ -119,7 +119,7 @@ def write_folder(out: Path, rows: list[Row]) -> Path:
                 told |= {} if row.stage == "fetch" else {"reason": None, "value": None}
                 shard.add(told, row.image if row.fetched else None)
     signals = [{"key": row.key, "clip_score": row.clip_score} for row in rows if row.fetched]
-    write_parquet(_table(signals, SIGNALS), out / "signals" / "00000.parquet", made_from="raw")
+    write_parquet(_table(signals, SIGNALS), out / "signals" / "clip" / "00000.parquet", made_from="raw")
     ledger = [
         {
             **facts[row.key],

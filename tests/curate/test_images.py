@@ -618,6 +618,7 @@ def test_luma_figures_equal_their_definitions():
     assert signals["luma_std"] == pytest.approx(luma.std(), abs=0.3)
     assert signals["entropy"] == pytest.approx(-(share[share > 0] * np.log2(share[share > 0])).sum(), abs=0.02)
     flat = {"phash": 0, "luma_mean": 0, "luma_std": 0, "entropy": 0, "blur": 0, "dominant_share": 1}
+    flat["border_share"] = 1
     assert pixel_signals(np.zeros((9, 9, 3), np.uint8)) == flat
 
 
@@ -638,3 +639,13 @@ def test_shrinking_keeps_the_shape_of_the_whole_image():
     resize = Resize("keep_ratio", 100)
     decoded = decode(encoded(Image.fromarray(CHINA).resize((1003, 677))), max_pixels=MANY, resize=resize)
     assert resized(decoded.rgb, resize, decoded.width, decoded.height).shape == (100, 148, 3)
+
+
+@pytest.mark.parametrize(
+    ("top", "left", "bottom", "right"), [(0, 0, 0, 0), (20, 0, 20, 0), (0, 32, 0, 0), (8, 16, 24, 0)]
+)
+def test_the_border_share_is_the_area_of_the_flat_margins(top, left, bottom, right):
+    picture = np.full((100, 128, 3), 255, np.uint8)
+    inner = np.random.default_rng(0).integers(0, 200, (100 - top - bottom, 128 - left - right, 3), np.uint8)
+    picture[top : 100 - bottom, left : 128 - right] = inner
+    assert pixel_signals(picture)["border_share"] == pytest.approx(1 - inner.size / picture.size, abs=1e-4)

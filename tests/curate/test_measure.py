@@ -37,11 +37,13 @@ def config(tmp_path: Path) -> MeasureConfig:
     torch.manual_seed(0)
     weights = tmp_path / "weights.pt"
     torch.save(load_clip(str(architecture), device="cpu").model.state_dict(), weights)
-    return MeasureConfig(clip=ClipConfig(name=str(architecture), pretrained=str(weights), batch_size=3, device="cpu"))
+    return MeasureConfig(
+        text=False, clip=ClipConfig(name=str(architecture), pretrained=str(weights), batch_size=3, device="cpu")
+    )
 
 
-def signals(out: Path, shard: int = 0) -> pa.Table:
-    return pq.read_table(out / "signals" / f"{shard:05d}.parquet")
+def signals(out: Path, shard: int = 0, group: str = "clip") -> pa.Table:
+    return pq.read_table(out / "signals" / group / f"{shard:05d}.parquet")
 
 
 def test_every_fetched_image_gets_its_embeddings_and_their_cosine(tmp_path: Path, config: MeasureConfig) -> None:
@@ -79,8 +81,8 @@ def test_other_weights_measure_everything_again(tmp_path: Path, config: MeasureC
 def test_without_a_clip_there_are_no_signals(tmp_path: Path, config: MeasureConfig) -> None:
     write_raw(tmp_path, 0)
     measure.run(tmp_path, config)
-    measure.run(tmp_path, MeasureConfig())
-    assert not list((tmp_path / "signals").glob("*.parquet"))
+    measure.run(tmp_path, MeasureConfig(text=False))
+    assert not list((tmp_path / "signals").rglob("*.parquet"))
 
 
 def test_a_shard_without_images_has_empty_signals(tmp_path: Path, config: MeasureConfig) -> None:
@@ -98,7 +100,7 @@ def test_an_image_that_cannot_be_decoded_costs_its_own_row(tmp_path: Path, confi
     assert measure.run(tmp_path, config).images == 5
     found = [score is not None for score in signals(tmp_path)["clip_score"].to_pylist()]
     assert found == [False, True, True, False, True]
-    keys, image_ND = read_embeddings(tmp_path / "signals" / "00000.parquet")
+    keys, image_ND = read_embeddings(tmp_path / "signals" / "clip" / "00000.parquet")
     assert keys.to_pylist() == ["key1", "key2", "key4"]
     clip = load_clip(config.clip.name, config.clip.pretrained, device="cpu")
     images = [Image.open(io.BytesIO(encoded(photo(number), "PNG"))) for number in (1, 2, 4)]
@@ -119,4 +121,4 @@ def test_measuring_many_shards_leaves_no_file_open(tmp_path: Path, config: Measu
 def test_a_clip_that_cannot_be_loaded_is_one_clear_error(tmp_path: Path) -> None:
     write_raw(tmp_path, 0)
     with pytest.raises(ModelError, match="ViT-B-33"):
-        measure.run(tmp_path, MeasureConfig(clip=ClipConfig(name="ViT-B-33")))
+        measure.run(tmp_path, MeasureConfig(text=False, clip=ClipConfig(name="ViT-B-33")))

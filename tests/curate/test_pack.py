@@ -73,7 +73,9 @@ def test_the_clip_score_comes_along_where_it_was_measured(out):
     for path in (out / "raw").glob("*.parquet"):
         keys = [line["key"] for line in pq.read_table(path).to_pylist() if line["status"] == "success"]
         scores = pa.array([int(key[:4], 16) / 65536 for key in keys], pa.float32())
-        write_parquet(pa.table({"key": keys, "clip_score": scores}), out / "signals" / path.name, made_from="x")
+        write_parquet(
+            pa.table({"key": keys, "clip_score": scores}), out / "signals" / "clip" / path.name, made_from="x"
+        )
     pack_rows(out)
     for line in rows_of(out, "train"):
         assert line["clip_score"] == pytest.approx(int(line["key"][:4], 16) / 65536)

@@ -153,7 +153,7 @@ def test_histograms_hold_every_judged_row_once(folder, figures):
 
 def test_a_histogram_counts_like_numpy(folder, figures):
     drawn = figures["distributions"]["clip_score"]
-    both = f"'{folder}/signals/00000.parquet' JOIN '{folder}/ledger.parquet' USING (key)"
+    both = f"'{folder}/signals/clip/00000.parquet' JOIN '{folder}/ledger.parquet' USING (key)"
     scores = [score for (score,) in ask(f"SELECT clip_score FROM {both} WHERE kept")]
     edges = np.array([*drawn["edges"][:-1], np.inf])
     assert np.histogram(scores, edges)[0].tolist() == drawn["kept"]

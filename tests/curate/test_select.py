@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from curate import select
+from curate.config import MeasureConfig
 from curate.database import seeded
 from curate.errors import ConfigError, InputError
 from curate.filters import parse_steps
@@ -115,14 +116,14 @@ def test_the_same_inputs_give_the_same_bytes_whatever_the_threads(tmp_path, thre
     expected = (out / "ledger.parquet").read_bytes()
     (out / "ledger.parquet").unlink()
     engine = type(ENGINE)(memory_limit="300MB", threads=threads)
-    select.run(out, parse_steps(filters), engine, PackConfig(val=0.3, test=0), None, 0)
+    select.run(out, parse_steps(filters), engine, PackConfig(val=0.3, test=0), MeasureConfig(text=False), 0)
     assert (out / "ledger.parquet").read_bytes() == expected
 
 
 def test_too_little_memory_is_told_with_the_key(tmp_path):
     out = fetched(tmp_path / "out", rows_of(50))
     with pytest.raises(ConfigError, match=r"select.memory_limit 1MB: not enough.*raise it"):
-        select.run(out, [], type(ENGINE)(memory_limit="1MB", threads=1), PackConfig(), None, 0)
+        select.run(out, [], type(ENGINE)(memory_limit="1MB", threads=1), PackConfig(), MeasureConfig(text=False), 0)
 
 
 # --- where -----------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def crawl(tmp_path_factory, clip):
     near[:8, :8] //= 2
     rows[8]["rgb"] = near
     out = fetched(tmp_path_factory.mktemp("crawl") / "out", [*rows, row(24)])
-    measure.run(out, MeasureConfig(clip=clip))
+    measure.run(out, MeasureConfig(text=False, clip=clip))
     return out
 
 
@@ -49,7 +49,7 @@ def out(crawl, tmp_path):
 
 def embeddings(out):
     """Row → image embedding, float64, as stored."""
-    tables = [pq.read_table(path) for path in sorted((out / "signals").glob("*.parquet"))]
+    tables = [pq.read_table(path) for path in sorted((out / "signals" / "clip").glob("*.parquet"))]
     by_key = {
         key: np.array(vector, np.float64)
         for table in tables
@@ -116,7 +116,7 @@ def test_relevance_keeps_what_reaches_the_threshold(out, clip):
 def test_a_list_may_have_columns_of_any_name_a_step_uses_inside(tmp_path, clip, held_out):
     names = ("score", "rank", "cosine", "name", "number", "least", "same", "distance", "label", "kept_", "_file")
     out = fetched(tmp_path / "out", [row(n, noise(n)) | dict.fromkeys(names, str(n)) for n in range(12)])
-    measure.run(out, MeasureConfig(clip=clip))
+    measure.run(out, MeasureConfig(text=False, clip=clip))
     every = " AND ".join(f"{name} <> ''" for name in names if name != "kept_") + " AND list_kept_ <> ''"
     filters = [
         step("all", where=every),
@@ -156,7 +156,7 @@ def test_signals_must_have_been_measured(out, clip, tmp_path):
 def test_clip_score_is_a_column_like_any_other(out, clip):
     select_rows(out, [step("aligned", top={"by": "clip_score", "fraction": 0.5})], clip=clip)
     scores = {}
-    for path in (out / "signals").glob("*.parquet"):
+    for path in (out / "signals" / "clip").glob("*.parquet"):
         table = pq.read_table(path)
         scores |= dict(zip(table["key"].to_pylist(), table["clip_score"].to_pylist(), strict=True))
     lines = ledger(out)
@@ -300,7 +300,7 @@ def test_a_row_in_the_group_of_a_kept_row_is_never_retained(tmp_path, clip):
     for number in range(12):
         rows[number]["url"] = f"http://a.test/{number // 2}"  # two captions and pictures for each URL
     out = fetched(tmp_path / "out", rows)
-    measure.run(out, MeasureConfig(clip=clip))
+    measure.run(out, MeasureConfig(text=False, clip=clip))
     select_rows(out, [step("on_topic", relevance={"prompts": ["red"], "keep": 0.3})], clip=clip, retain=100)
     groups = {}
     for line in ledger(out):
