@@ -19,7 +19,7 @@ import duckdb
 from curate.config import MeasureConfig
 from curate.database import first_line, literal, quoted, scalar
 from curate.errors import ConfigError, did_you_mean
-from curate.filters import Decontaminate, Dedup, Relevance, Step, Top, Where
+from curate.filters import Dedup, Relevance, Step, Top, Where
 from curate.signals import GROUPS, columns_of, how_to_get
 
 PLAN_COLUMNS = {
@@ -112,8 +112,8 @@ def step_expressions(db: duckdb.DuckDBPyConnection, step: Step, columns: Collect
     if isinstance(step, Top):
         return [scalar_expression(db, label(step), step.by, columns)]
     if isinstance(step, Dedup):
-        by = scalar_expression(db, label(step), quoted(step.by), columns)
-        return [by, order_expression(db, label(step), step.keep, columns)]
+        by = [scalar_expression(db, label(step), quoted(name), columns) for name in step.columns]
+        return [*by, order_expression(db, label(step), step.keep, columns)]
     return []
 
 
@@ -157,7 +157,7 @@ def check_measured(steps: Sequence[Step], measured: MeasureConfig) -> None:
 
 def embeds(step: Step) -> bool:
     """Whether a step compares embeddings."""
-    return isinstance(step, Relevance) or (isinstance(step, Decontaminate) and step.similarity is not None)
+    return isinstance(step, Relevance) or getattr(step, "similarity", None) is not None
 
 
 def _texts(step: Step) -> list[str]:
@@ -168,7 +168,7 @@ def _texts(step: Step) -> list[str]:
         case Top():
             return [step.by]
         case Dedup():
-            return [quoted(step.by), step.keep]
+            return [*map(quoted, step.columns), step.keep]
     return []
 
 

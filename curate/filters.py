@@ -31,14 +31,22 @@ class Where:
 class Dedup:
     """Keep one row of each group of duplicates.
 
-    by: `sha256` or any column (equal values), or `phash` (Hamming distance up to `distance` of 64 bits).
+    by: `sha256`, any column, or a list of columns (equal values); `phash` (Hamming distance up to `distance` of 64
+    bits); or `embedding` (cosine of CLIP's image embeddings from `similarity`).
     keep: an ORDER BY; the first row of it stays. Ties go to the smaller key.
     """
 
     name: str
-    by: str = "sha256"
+    by: str | list[str] = "sha256"
     distance: int = 0
+    similarity: float | None = None
     keep: str = "width * height DESC"
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns whose equal values make duplicates; none for `embedding`."""
+        by = [self.by] if isinstance(self.by, str) else list(self.by)
+        return [] if by == ["embedding"] else by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +179,22 @@ def _check(where: str, step: Step) -> None:
     distance = getattr(step, "distance", 0)
     if not isinstance(distance, int) or not 0 <= distance <= 64:
         raise ConfigError(f"{where}: distance expected 0 to 64 bits, got {distance}")
-    if isinstance(step, Dedup) and step.distance and step.by != "phash":
-        raise ConfigError(f"{where}: distance goes with 'by: phash'; equal values of {step.by} have none")
+    if isinstance(step, Dedup):
+        _check_dedup(where, step)
+
+
+def _check_dedup(where: str, step: Dedup) -> None:
+    by = step.by
+    if isinstance(by, list) and not (by and all(isinstance(name, str) for name in by)):
+        raise ConfigError(f"{where}: by expected a column, or a list of columns such as [url_host, caption]")
+    if isinstance(by, list) and (special := {"phash", "embedding"}.intersection(by)) and len(by) > 1:
+        raise ConfigError(f"{where}: '{min(special)}' goes alone; two dedup steps, one after the other, do both")
+    if step.distance and step.columns != ["phash"]:
+        raise ConfigError(f"{where}: distance goes with 'by: phash'; equal values of {by} have none")
+    if (by in ("embedding", ["embedding"])) != (step.similarity is not None):
+        raise ConfigError(f"{where}: 'by: embedding' and 'similarity: 0.95' go together")
+    if step.similarity is not None and not 0 < step.similarity <= 1:
+        raise ConfigError(f"{where}: similarity expected a cosine above 0 and up to 1, got {step.similarity}")
 
 
 def _one_of(where: str, choices: dict[str, Any]) -> None:

@@ -1,13 +1,14 @@
 """All pairs of 64-bit hashes within a Hamming distance, exactly, and the groups they link into. numpy alone.
 
-Multi-index hashing (Norouzi, Punjani & Fleet 2012): cut the 64 bits into m bands; two hashes that differ in at most d
-bits differ in at most ⌊d / m⌋ bits of some band. So look each hash up in m tables, under every value that near its
-own band, and count the bits of what is found there.
+Cut the 64 bits into b blocks. Two hashes that differ in at most d bits agree in all bits of at least b − d blocks. So
+for each choice of b − d blocks, sort the hashes by these blocks' bits, and count the bits between those that agree in
+them (Manku, Jain & Das Sarma, "Detecting near-duplicates for web crawling", 2007). More blocks: more sorts, and fewer
+pairs to look at in each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations, pairwise
 from math import comb
 
@@ -19,9 +20,9 @@ Hashes = npt.NDArray[np.uint64]
 
 BITS = 64
 # Pairs looked at in one go: what bounds the memory.
-_BLOCK = 1 << 21
-# A band's table has 2^width places.
-_WIDEST_BAND = 22
+_BLOCK = 1 << 22
+# What sorting one hash costs, in pairs looked at.
+_SORT = 12.0
 
 
 def near_pairs(queries: Hashes, base: Hashes, distance: int) -> tuple[Ints, Ints, Ints]:
@@ -30,15 +31,54 @@ def near_pairs(queries: Hashes, base: Hashes, distance: int) -> tuple[Ints, Ints
     Returns:
         i, j and the distance, sorted by (i, j).
     """
-    num_bands, cost = _best_bands(len(base), distance)
-    find = _all_pairs(queries, base) if cost >= len(base) else _band_pairs(queries, base, num_bands, distance)
     found = [np.zeros(0, np.int64)]
-    for i, j in find:
-        near = _popcount(queries[i] ^ base[j]) <= distance
-        found.append(i[near] * len(base) + j[near])
+    for key in _keys(len(queries), len(base), distance):
+        candidates = _all_pairs(queries, base) if key is None else _matches(key(queries), key(base))
+        for i, j in candidates:
+            near = _popcount(queries[i] ^ base[j]) <= distance
+            found.append(i[near] * len(base) + j[near])
     pairs = np.unique(np.concatenate(found))
     i, j = np.divmod(pairs, max(1, len(base)))
-    return i, j, _popcount(queries[i] ^ base[j])
+    return i, j, _popcount(queries[i] ^ base[j]).astype(np.int64)
+
+
+def near_groups(hashes: Hashes, distance: int) -> Ints:
+    """The smallest member of each hash's group: all that is linked, directly or through others, by near pairs.
+
+    Memory is a few times that of the hashes, however many pairs there are.
+    """
+    label = np.arange(len(hashes), dtype=np.int64)
+    for key in _keys(len(hashes), len(hashes), distance):
+        if key is None:
+            for i, j in _all_pairs(hashes, hashes):
+                near = _popcount(hashes[i] ^ hashes[j]) <= distance
+                label = link(label, i[near], j[near])
+            continue
+        keys = key(hashes)
+        order = np.argsort(keys)
+        keys, sorted_hashes = keys[order], hashes[order]
+        for place, step in _neighbours(keys):
+            near = _popcount(sorted_hashes[place] ^ sorted_hashes[place + step]) <= distance
+            label = link(label, order[place[near]], order[place[near] + step])
+    return label
+
+
+def link(label: Ints, a: Ints, b: Ints) -> Ints:
+    """Labels in which a[n] and b[n] are of one group; each label is the smallest member of its group.
+
+    Args:
+        label: of the groups so far, such that label[label] = label.
+        a: one end of each new link.
+        b: the other.
+    """
+    a, b = label[a], label[b]
+    apart = a != b
+    if not apart.any():
+        return label
+    nodes, ends = np.unique(np.concatenate([a[apart], b[apart]]), return_inverse=True)
+    half = len(ends) // 2
+    label[nodes] = nodes[connected_components(ends[:half], ends[half:], len(nodes))]
+    return label[label]
 
 
 def connected_components(a: Ints, b: Ints, size: int) -> Ints:
@@ -53,15 +93,24 @@ def connected_components(a: Ints, b: Ints, size: int) -> Ints:
     return label
 
 
-def _best_bands(num_base: int, distance: int) -> tuple[int, float]:
-    """How many bands give the least work for one query, and how many base hashes that work is like comparing."""
+Key = Callable[[Hashes], Hashes]
+
+
+def _keys(num_queries: int, num_base: int, distance: int) -> Iterator[Key | None]:
+    """Functions under one of which any two near hashes are equal; None alone where comparing all with all is less."""
     costs = []
-    for num_bands in range(-(-BITS // _WIDEST_BAND), BITS // 8 + 1):
-        width, radius = BITS // num_bands, distance // num_bands
-        probes = sum(comb(width, flips) for flips in range(radius + 1))
-        costs.append((num_bands * probes * (1 + num_base / 2**width), num_bands))
-    cost, num_bands = min(costs)
-    return num_bands, cost
+    for num_blocks in range(distance + 1, min(BITS, distance + 8) + 1):
+        bits = BITS * (num_blocks - distance) / num_blocks
+        pairs = num_queries * num_base / 2**bits
+        costs.append((comb(num_blocks, distance) * (_SORT * (num_queries + num_base) + pairs), num_blocks))
+    cost, num_blocks = min(costs, default=(float("inf"), 0))
+    if cost >= num_queries * num_base:
+        yield None
+        return
+    edges = [BITS * block // num_blocks for block in range(num_blocks + 1)]
+    for chosen in combinations(list(pairwise(edges)), num_blocks - distance):
+        mask = sum(((1 << (high - low)) - 1) << low for low, high in chosen)
+        yield lambda hashes, mask=mask: hashes & np.uint64(mask)  # type: ignore[misc]
 
 
 def _all_pairs(queries: Hashes, base: Hashes) -> Iterator[tuple[Ints, Ints]]:
@@ -71,45 +120,44 @@ def _all_pairs(queries: Hashes, base: Hashes) -> Iterator[tuple[Ints, Ints]]:
         yield np.repeat(part, len(base)), np.tile(np.arange(len(base), dtype=np.int64), len(part))
 
 
-def _band_pairs(queries: Hashes, base: Hashes, num_bands: int, distance: int) -> Iterator[tuple[Ints, Ints]]:
-    edges = [BITS * band // num_bands for band in range(num_bands + 1)]
-    for low, high in pairwise(edges):
-        width = high - low
-        band_of_base, band_of_query = _band(base, low, width), _band(queries, low, width)
-        order = np.argsort(band_of_base, kind="stable")
-        starts = np.concatenate([[0], np.cumsum(np.bincount(band_of_base, minlength=1 << width))])
-        for mask in _masks(width, distance // num_bands):
-            yield from _lookups(band_of_query ^ mask, order, starts)
+def _neighbours(keys: Hashes) -> Iterator[tuple[Ints, int]]:
+    """Every pair of places with equal keys, of sorted keys: the first places, and how much further the second ones are.
+
+    The k-th step pairs each place with the k-th after it; what is equal there was equal in all steps before.
+    """
+    place, step = np.flatnonzero(keys[1:] == keys[:-1]), 1
+    while len(place):
+        for start in range(0, len(place), _BLOCK):
+            yield place[start : start + _BLOCK], step
+        step += 1
+        place = place[: np.searchsorted(place, len(keys) - step)]
+        place = place[keys[place + step] == keys[place]]
 
 
-def _band(hashes: Hashes, low: int, width: int) -> Ints:
-    return ((hashes >> np.uint64(low)) & np.uint64((1 << width) - 1)).astype(np.int64)
-
-
-def _masks(width: int, radius: int) -> Iterator[int]:
-    """Every number of `width` bits with at most `radius` ones."""
-    for flips in range(radius + 1):
-        for bits in combinations(range(width), flips):
-            yield sum(1 << bit for bit in bits)
-
-
-def _lookups(values: Ints, order: Ints, starts: Ints) -> Iterator[tuple[Ints, Ints]]:
-    """Pairs of each query and every base hash that stands under its value, at most about _BLOCK at a time."""
-    counts = starts[values + 1] - starts[values]
+def _matches(queries: Hashes, base: Hashes) -> Iterator[tuple[Ints, Ints]]:
+    """Pairs of each query and every base key that is equal, about _BLOCK at a time."""
+    order = np.argsort(base)
+    sorted_base = base[order]
+    starts = np.searchsorted(sorted_base, queries, side="left")
+    counts = np.searchsorted(sorted_base, queries, side="right") - starts
     ends = np.cumsum(counts)
     num_pairs = int(ends[-1]) if len(ends) else 0
     cuts = np.searchsorted(ends, np.arange(_BLOCK, num_pairs + _BLOCK, _BLOCK), side="right")
-    for first, last in zip([0, *cuts[:-1]], [*cuts[:-1], len(values)], strict=True):
+    for first, last in zip([0, *cuts[:-1]], [*cuts[:-1], len(queries)], strict=True):
         here = counts[first:last]
         i = np.repeat(np.arange(first, last, dtype=np.int64), here)
         within = np.arange(len(i), dtype=np.int64) - np.repeat(np.cumsum(here) - here, here)
-        yield i, order[starts[values[i]] + within]
+        yield i, order[starts[i] + within]
 
 
-def _popcount(words: Hashes) -> Ints:
+def _bits_by_fields(words: Hashes) -> Hashes:
     """Ones in each word, by adding neighbouring fields of 1, 2, 4 and then 8 bits."""
     u = np.uint64
     words = words - ((words >> u(1)) & u(0x5555555555555555))
     words = (words & u(0x3333333333333333)) + ((words >> u(2)) & u(0x3333333333333333))
     words = (words + (words >> u(4))) & u(0x0F0F0F0F0F0F0F0F)
-    return ((words * u(0x0101010101010101)) >> u(56)).astype(np.int64)
+    return (words * u(0x0101010101010101)) >> u(56)
+
+
+# NumPy 2 has it in C.
+_popcount: Callable[[Hashes], npt.NDArray[np.unsignedinteger]] = getattr(np, "bitwise_count", _bits_by_fields)

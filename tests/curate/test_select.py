@@ -327,3 +327,19 @@ def test_phashes_of_the_fixture_are_far_apart():
     hashes = [phash(noise(number)) for number in range(40)]
     distances = [((a ^ b) & (2**64 - 1)).bit_count() for n, a in enumerate(hashes) for b in hashes[:n]]
     assert min(distances) > 12
+
+
+def test_rows_with_equal_values_of_several_columns_are_duplicates(tmp_path):
+    pairs = [("a", 1), ("a", 2), ("a", 1), ("b", 1), (None, 1), (None, 1), ("a", 1)]
+    rows = [
+        row(n, noise(n), shop=shop or "", width_class=str(size), entropy=float(n))
+        for n, (shop, size) in enumerate(pairs)
+    ]
+    filters = [step("same", dedup={"by": ["shop", "width_class"], "keep": "entropy DESC"})]
+    out = fetched(tmp_path / "out", rows, filters)
+    select_rows(out, filters)
+    lines = {line["row"]: line for line in ledger(out)}
+    given = {n: lines[n]["value"] for n in dropped(out, "same")}
+    assert {n: given[n] for n in (0, 2)} == dict.fromkeys((0, 2), "shop=a, width_class=1")
+    assert given.keys() - {0, 2, 4} == set()  # an empty cell of a CSV may be a value or none
+    assert {lines[n]["twin"] for n in (0, 2)} == {lines[6]["key"]}

@@ -311,3 +311,30 @@ def test_a_row_in_the_group_of_a_kept_row_is_never_retained(tmp_path, clip):
 
 def test_without_a_relevance_step_nothing_is_retained(out):
     assert select_rows(out, [step("some", where="row < 5")], retain=100).kept["retain"] == 0
+
+
+# --- duplicates by their embeddings ----------------------------------------------------------------------------------
+
+
+def test_near_embeddings_are_duplicates_and_the_kept_one_is_named_with_the_cosine(out, clip):
+    select_rows(out, [])
+    by_row = embeddings(out)
+    rows = sorted(by_row)
+    cosine = {(a, b): float(by_row[a] @ by_row[b]) for a in rows for b in rows if a < b}
+    similarity = sorted(cosine.values())[-6] - 1e-4
+    near = {pair for pair, value in cosine.items() if value >= similarity}
+    group = {row: row for row in rows}
+    for a, b in sorted(near):
+        low, high = sorted((group[a], group[b]))
+        group = {row: low if name == high else name for row, name in group.items()}
+    filters = [step("same", dedup={"by": "embedding", "similarity": similarity, "keep": "entropy DESC"})]
+    select_rows(out, filters, clip=clip)
+    best = {name: max(row for row in rows if group[row] == name) for name in group.values()}
+    assert set(dropped(out, "same")) == {row for row in rows if best[group[row]] != row}
+    lines = {line["row"]: line for line in ledger(out)}
+    for row, value in dropped(out, "same").items():
+        kept_row = best[group[row]]
+        assert lines[row]["twin"] == lines[kept_row]["key"]
+        assert lines[row]["duplicate_group"] == lines[kept_row]["duplicate_group"] == lines[kept_row]["key"]
+        pair = (min(row, kept_row), max(row, kept_row))
+        assert float(value.removeprefix("cosine=")) == pytest.approx(cosine[pair], abs=2e-3)

@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from curate.select.near import connected_components, near_pairs
+from curate.select.near import connected_components, link, near_groups, near_pairs
 
 
 def hashes_with_neighbours(seed, size, flips):
@@ -72,6 +72,39 @@ def test_components_are_those_of_spreading_the_smallest_label(seed):
 def test_a_long_chain_is_one_component():
     order = np.random.default_rng(0).permutation(20_000)
     assert not connected_components(order[:-1], order[1:], 20_000).any()
+
+
+@pytest.mark.parametrize("distance", [0, 1, 3, 4, 6, 9, 20])
+@pytest.mark.parametrize("kind", ["spread", "crowded"])
+def test_groups_are_the_components_of_all_near_pairs(distance, kind):
+    crowded = np.random.default_rng(2).integers(0, 2**12, 500, dtype=np.uint64) << np.uint64(30)
+    hashes = np.unique(hashes_with_neighbours(distance, 300, flips=6) if kind == "spread" else crowded)
+    i, j, _ = brute_force(hashes, hashes, distance)
+    expected = slow_components(list(zip(i.tolist(), j.tolist(), strict=True)), len(hashes))
+    assert near_groups(hashes, distance).tolist() == expected
+
+
+def test_links_come_bit_by_bit_and_the_smallest_member_names_the_group():
+    random = np.random.default_rng(0)
+    a, b = random.integers(0, 500, (2, 300))
+    label = np.arange(500)
+    for part in range(0, 300, 7):
+        label = link(label, a[part : part + 7], b[part : part + 7])
+    assert label.tolist() == slow_components(list(zip(a, b, strict=True)), 500)
+
+
+def test_a_crowd_of_a_million_pairs_and_many_more_strangers_take_bounded_memory():
+    import tracemalloc
+
+    random = np.random.default_rng(0)
+    crowd = random.integers(0, 2**11, 2_000, dtype=np.uint64)  # 53 equal bits
+    hashes = np.unique(np.concatenate([random.integers(2**63, 2**64, 200_000, dtype=np.uint64), crowd]))
+    tracemalloc.start()
+    label = near_groups(hashes, 4)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(np.unique(label[hashes < 2**11])) == 1
+    assert peak < 300e6, f"{peak / 1e6:.0f} MB"
 
 
 def test_two_hundred_thousand_hashes_are_paired_in_bounded_memory():
