@@ -332,9 +332,9 @@ def test_near_embeddings_are_duplicates_and_the_kept_one_is_named_with_the_cosin
     best = {name: max(row for row in rows if group[row] == name) for name in group.values()}
     assert set(dropped(out, "same")) == {row for row in rows if best[group[row]] != row}
     lines = {line["row"]: line for line in ledger(out)}
-    for row, value in dropped(out, "same").items():
-        kept_row = best[group[row]]
-        assert lines[row]["twin"] == lines[kept_row]["key"]
-        assert lines[row]["duplicate_group"] == lines[kept_row]["duplicate_group"] == lines[kept_row]["key"]
-        pair = (min(row, kept_row), max(row, kept_row))
+    for place, value in dropped(out, "same").items():
+        kept_row = best[group[place]]
+        assert lines[place]["twin"] == lines[kept_row]["key"]
+        assert lines[place]["duplicate_group"] == lines[kept_row]["duplicate_group"] == lines[kept_row]["key"]
+        pair = (min(place, kept_row), max(place, kept_row))
         assert float(value.removeprefix("cosine=")) == pytest.approx(cosine[pair], abs=2e-3)
