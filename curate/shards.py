@@ -21,6 +21,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,10 +123,16 @@ def write_batches(batches: Iterable[pa.RecordBatch], schema: pa.Schema, path: Pa
     with (
         atomic(path) as temporary,
         pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as file,
+        ThreadPoolExecutor(1) as hashing,
     ):
+        done: Future[None] | None = None
         for rows in _row_groups(batches, schema):
-            content.update(_ipc_bytes(rows))
+            if done is not None:
+                done.result()
+            done = hashing.submit(lambda rows: content.update(_ipc_bytes(rows)), rows)
             file.write_table(rows)
+        assert done is not None
+        done.result()
         file.add_key_value_metadata({FINGERPRINT: made_from.encode(), DIGEST: content.hexdigest()[:16].encode()})
 
 

@@ -169,7 +169,7 @@ def _load(
     if "caption_count" in needed:
         _count_captions(db)
     lacking = sum(
-        scalar(db, f"SELECT count(*) FROM read_parquet({files(part)}) ANTI JOIN rows USING (key, row)")
+        scalar(db, f"SELECT count(*) FROM read_parquet({files(part)}) ANTI JOIN rows USING (row)")
         for part in parts(plan)
     )
     if lacking:

@@ -14,10 +14,13 @@ from curate.select.selection import Selection
 _LINKS = (
     "SELECT d.row AS a, m.row AS b FROM drops d JOIN members m ON m.key = d.twin WHERE d.reason = 'dedup'",
     "SELECT d.row AS a, m.row AS b FROM planned_drops d JOIN members m ON m.key = d.twin",
-    """SELECT m.row AS a, f.first AS b FROM members m
-    JOIN (SELECT url, min(row) AS first FROM members WHERE url <> '' GROUP BY url HAVING count(*) > 1) f USING (url)""",
-    """SELECT m.row AS a, f.first AS b FROM rows m
-    JOIN (SELECT sha256, min(row) AS first FROM rows GROUP BY sha256 HAVING count(*) > 1) f USING (sha256)""",
+    *(
+        # Of many millions, few stand twice: their hashes tell which could, and only these texts are compared.
+        f"""WITH twice AS (SELECT hash({text}) AS h FROM {rows} WHERE {text} <> '' GROUP BY h HAVING count(*) > 1),
+        likely AS (SELECT row, {text} FROM {rows} WHERE {text} <> '' AND hash({text}) IN (FROM twice))
+        SELECT row AS a, min(row) OVER (PARTITION BY {text}) AS b FROM likely"""
+        for text, rows in (("url", "members"), ("sha256", "rows"))
+    ),
 )
 
 
@@ -30,7 +33,7 @@ def find_groups(selection: Selection) -> None:
     db.execute(
         "CREATE VIEW members AS SELECT key, row, url FROM rows UNION ALL SELECT key, row, url FROM planned_drops"
     )
-    pairs = db.execute(" UNION ALL ".join(_LINKS)).fetchnumpy()
+    pairs = db.execute(" UNION ALL ".join(f"(SELECT a, b FROM ({link}) WHERE a <> b)" for link in _LINKS)).fetchnumpy()
     a, b = (np.asarray(pairs[name], np.int64) for name in ("a", "b"))
     nodes, ends = np.unique(np.concatenate([a, b]), return_inverse=True)
     label = connected_components(ends[: len(a)], ends[len(a) :], len(nodes))

@@ -24,8 +24,10 @@ def find_retainable(selection: Selection, steps: Sequence[Step], apply: Callable
         apply: what applies one.
     """
     db = selection.db
-    db.execute("CREATE TABLE fates AS SELECT * FROM drops")
     db.execute("CREATE TABLE retainable (row BIGINT)")
+    if not any(isinstance(step, Relevance) for step in steps):
+        return
+    db.execute("CREATE TABLE fates AS SELECT * FROM drops")
     db.execute("DELETE FROM drops")
     for step in steps:
         if isinstance(step, Relevance):
