@@ -183,6 +183,25 @@ class SelectConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConceptsConfig(SelectConfig):
+    """What `curate concepts` needs."""
+
+    out: Path = Path("dataset")
+    """Folder of the dataset, planned; concepts.txt and concepts.parquet are written there."""
+    count: int | None = None
+    """Most concepts, the most frequent ones; null: all."""
+    min_count: int = 100
+    """Captions that a word or bigram must stand in."""
+    min_pmi: float = 3.0
+    """Least pointwise mutual information of a bigram, in bits."""
+
+    def __post_init__(self) -> None:
+        _at_least("min_count", self.min_count, 1)
+        if self.count is not None:
+            _at_least("count", self.count, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackConfig:
     """How the kept samples are laid out."""
 

@@ -19,7 +19,7 @@ import duckdb
 from curate.config import MeasureConfig
 from curate.database import first_line, literal, quoted, scalar
 from curate.errors import ConfigError, did_you_mean
-from curate.filters import Dedup, Relevance, Step, Top, Where
+from curate.filters import Dedup, Relevance, Sample, Step, Top, Where
 from curate.signals import GROUPS, columns_of, how_to_get
 
 PLAN_COLUMNS = {
@@ -106,11 +106,9 @@ def order_expression(db: duckdb.DuckDBPyConnection, where: str, text: str, colum
 
 
 def step_expressions(db: duckdb.DuckDBPyConnection, step: Step, columns: Collection[str]) -> list[Expression]:
-    """The checked expressions of a step: of where, dedup and top; none for the others."""
-    if isinstance(step, Where):
-        return [scalar_expression(db, label(step), step.expression, columns)]
-    if isinstance(step, Top):
-        return [scalar_expression(db, label(step), step.by, columns)]
+    """The checked expressions of a step: of where, dedup, top and sample; none for the others."""
+    if isinstance(step, Where | Top | Sample):
+        return [scalar_expression(db, label(step), text, columns) for text in _texts(step)]
     if isinstance(step, Dedup):
         by = [scalar_expression(db, label(step), quoted(name), columns) for name in step.columns]
         return [*by, order_expression(db, label(step), step.keep, columns)]
@@ -166,7 +164,9 @@ def _texts(step: Step) -> list[str]:
         case Where():
             return [step.expression]
         case Top():
-            return [step.by]
+            return [step.by] if step.per is None else [step.by, step.per]
+        case Sample():
+            return [] if step.per is None else [step.per]
         case Dedup():
             return [*map(quoted, step.columns), step.keep]
     return []

@@ -7,7 +7,8 @@ filters:
   - {name: leak,           decontaminate: {against: my_test_images/, distance: 6, similarity: 0.95}}
   - {name: on_topic,       relevance: {prompts: ["a satellite photo of {}"], images: examples/, keep: 0.4}}
   - {name: aligned,        top: {by: clip_score, fraction: 0.3}}
-  - {name: small,          sample: {count: 100000}}
+  - {name: balanced,       balance: {concepts: concepts.txt, cap: 20000}}
+  - {name: small,          sample: {count: 100000, per: language}}
 """
 
 from __future__ import annotations
@@ -69,11 +70,13 @@ class Relevance:
 
     score = greatest cosine to a prompt − mean cosine to `against`; or greatest cosine to an example image; with both,
     the mean of the two.
+    concepts: what `{}` in a prompt stands for, each in turn: a list, or a file with one a line.
     keep: share of the rows that are still there to keep; threshold: least score; exactly one of the two.
     """
 
     name: str
     prompts: list[str] = field(default_factory=list)
+    concepts: str | list[str] | None = None
     images: str | None = None
     against: list[str] = field(default_factory=lambda: ["a photo.", "a picture of something.", "text."])
     keep: float | None = None
@@ -82,24 +85,52 @@ class Relevance:
 
 @dataclass(frozen=True, kw_only=True)
 class Top:
-    """Keep the best rows by a column or expression: `fraction` of those still there, or `count` of them."""
+    """Keep the best rows by a column or expression: `fraction` of those still there, or `count` of them.
+
+    per: a column or expression; the best are chosen among the rows of each of its values.
+    """
 
     name: str
     by: str
     fraction: float | None = None
     count: int | None = None
+    per: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Keep a seeded random `fraction`, or `count`, of the rows still there."""
+    """Keep a seeded random `fraction`, or `count`, of the rows still there.
+
+    per: a column or expression; the fraction is of the rows of each of its values; the count is spread evenly over its
+    values, and one with fewer rows gives all it has.
+    """
 
     name: str
     fraction: float | None = None
     count: int | None = None
+    per: str | None = None
 
 
-Step = Where | Dedup | Decontaminate | Relevance | Top | Sample
+@dataclass(frozen=True, kw_only=True)
+class Balance:
+    """Keep the pairs whose captions hold a concept of a list, fewer of the frequent ones.
+
+    concepts: a list, a file with one a line, or `mined`: from the captions that are still there.
+    cap: pairs a concept.
+    method: wit (up to `cap` pairs of each concept are taken) or metaclip (each is taken with probability cap / count).
+    match: words, or substring: `cat` is in `location` too.
+    min_count: captions that a mined concept must stand in.
+    """
+
+    name: str
+    concepts: str | list[str]
+    cap: int = 20_000
+    method: str = "wit"
+    match: str = "words"
+    min_count: int = 100
+
+
+Step = Where | Dedup | Decontaminate | Relevance | Top | Sample | Balance
 KINDS: dict[str, type[Step]] = {
     "where": Where,
     "dedup": Dedup,
@@ -107,7 +138,10 @@ KINDS: dict[str, type[Step]] = {
     "relevance": Relevance,
     "top": Top,
     "sample": Sample,
+    "balance": Balance,
 }
+# Of each key that takes one of a few words: which.
+CHOICES = {"method": ("wit", "metaclip"), "match": ("words", "substring")}
 
 
 def parse_steps(filters: Sequence[dict[str, Any]]) -> list[Step]:
@@ -166,16 +200,16 @@ def _keys(kind: str) -> list[str]:
 
 
 def _check(where: str, step: Step) -> None:
+    _check_values(where, step)
     if isinstance(step, Top | Sample):
         _one_of(where, {"fraction": step.fraction, "count": step.count})
     if isinstance(step, Relevance):
         _one_of(where, {"keep": step.keep, "threshold": step.threshold})
         if not step.prompts and not step.images:
             raise ConfigError(f"{where}: relevance needs prompts, or images: a folder of examples, or both")
-    for key in ("fraction", "keep"):
-        share = getattr(step, key, None)
-        if isinstance(share, int | float) and not 0 < share <= 1:
-            raise ConfigError(f"{where}: {key} expected a share above 0 and up to 1, got {share}")
+        _check_template(where, step)
+    if isinstance(step, Balance) and step.concepts != "mined" and step.min_count != Balance.min_count:
+        raise ConfigError(f"{where}: min_count goes with 'concepts: mined'")
     distance = getattr(step, "distance", 0)
     if not isinstance(distance, int) or not 0 <= distance <= 64:
         raise ConfigError(f"{where}: distance expected 0 to 64 bits, got {distance}")
@@ -195,6 +229,35 @@ def _check_dedup(where: str, step: Dedup) -> None:
         raise ConfigError(f"{where}: 'by: embedding' and 'similarity: 0.95' go together")
     if step.similarity is not None and not 0 < step.similarity <= 1:
         raise ConfigError(f"{where}: similarity expected a cosine above 0 and up to 1, got {step.similarity}")
+
+
+def _check_values(where: str, step: Step) -> None:
+    """Check the keys whose values are of one kind wherever they stand; null is none."""
+    for key, value in vars(step).items():
+        if value is None:
+            continue
+        if key in ("fraction", "keep") and not (isinstance(value, int | float) and 0 < value <= 1):
+            raise ConfigError(f"{where}: {key} expected a share above 0 and up to 1, got {value!r}")
+        if key in ("count", "cap", "min_count") and (type(value) is not int or value < 1):
+            raise ConfigError(f"{where}: {key} expected a whole number from 1 on, got {value!r}")
+        if key in ("by", "per") and not isinstance(value, str):
+            raise ConfigError(f"{where}: {key} expected a column or an expression, got {value!r}")
+        if key in CHOICES and value not in CHOICES[key]:
+            near = did_you_mean(str(value), CHOICES[key])
+            raise ConfigError(f"{where}: {key} expected {' or '.join(CHOICES[key])}, got {value!r}.{near}")
+        if key == "concepts" and not _is_text_or_texts(value):
+            raise ConfigError(f"{where}: concepts expected a file, or a list of words and terms, got {value!r}")
+
+
+def _check_template(where: str, step: Relevance) -> None:
+    if step.concepts is not None and not any("{}" in prompt for prompt in step.prompts):
+        raise ConfigError(f"{where}: concepts go into prompts with {{}}, such as 'a photo of a {{}}.'; none has one")
+
+
+def _is_text_or_texts(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(item, str) for item in value)
+    return isinstance(value, str) and bool(value)
 
 
 def _one_of(where: str, choices: dict[str, Any]) -> None:

@@ -56,6 +56,7 @@ class Reason(str, Enum):
     RELEVANCE = "relevance"
     TOP = "top"
     SAMPLE = "sample"
+    BALANCE = "balance"
 
 
 def ledger_schema() -> pa.Schema:

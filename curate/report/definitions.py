@@ -41,6 +41,7 @@ DEFINITIONS: dict[Reason, str] = {
     Reason.RELEVANCE: "Farther from the topic's prompts and example images than what was kept.",
     Reason.TOP: "Below the best by this measure.",
     Reason.SAMPLE: "Not drawn in a random sample.",
+    Reason.BALANCE: "Its caption holds no concept of the list, or only such as had their share.",
 }
 
 STAGES = {

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import duckdb
 
+from curate.concepts import MINED, read_concepts
 from curate.config import ClipConfig, MeasureConfig, PackConfig, SelectConfig
 from curate.database import (
     SPILL,
@@ -37,10 +38,10 @@ from curate.expressions import (
     step_expressions,
     watch_drops,
 )
-from curate.filters import Decontaminate, Dedup, Relevance, Sample, Step, Top, Where
+from curate.filters import Balance, Decontaminate, Dedup, Relevance, Sample, Step, Top, Where
 from curate.ledger import ledger_schema
 from curate.progress import progress
-from curate.select import decontaminate, dedup, relevance
+from curate.select import balance, decontaminate, dedup, relevance
 from curate.select.groups import find_groups, place
 from curate.select.pictures import find, identity
 from curate.select.ranked import apply_sample, apply_top
@@ -122,6 +123,8 @@ def apply(selection: Selection, step: Step) -> None:
             apply_top(selection, step)
         case Sample():
             apply_sample(selection, step)
+        case Balance():
+            balance.apply(selection, step)
 
 
 def _stage_files(out: Path, measured: MeasureConfig) -> tuple[list[Path], list[Path], dict[str, list[Path]]]:
@@ -145,6 +148,9 @@ def _identity(steps: Sequence[Step], clip: ClipConfig | None) -> list[object]:
     for step in steps:
         named = step.against if isinstance(step, Decontaminate) else [getattr(step, "images", None)]
         parts += [identity(find(label(step), text)) for text in named if text]
+        concepts = getattr(step, "concepts", None)
+        if isinstance(concepts, str) and concepts != MINED:
+            parts.append(read_concepts(label(step), concepts))
     if clip is not None and any(embeds(step) for step in steps):
         from curate.clip import weights_fingerprint
 

@@ -1,4 +1,4 @@
-"""Keep so many of the rows: the best by a column (top), or any (sample)."""
+"""Keep so many of the rows: the best by a column (top), or any (sample); of all, or of each value of a column."""
 
 from __future__ import annotations
 
@@ -16,30 +16,70 @@ def how_many(selection: Selection, fraction: float | None, count: int | None) ->
 
 
 def apply_top(selection: Selection, step: Top) -> None:
-    """Keep the rows with the highest values; ties go to the smaller key. A row without one (NULL, NaN) is dropped."""
+    """Keep the rows with the highest values; ties go to the smaller key. A row without one (NULL, NaN) is dropped.
+
+    With `per`, so many of each of its values; rows without one (NULL) are together.
+    """
     by = scalar_expression(selection.db, label(step), step.by, selection.columns)
-    num_kept = how_many(selection, step.fraction, step.count)
+    per = _per(selection, step)
+    num_kept = str(step.count) if step.count is not None else f"ceil({step.fraction!r}::DOUBLE * num_rows)"
+    among = "" if step.per is None else f"|| {_shown(step.per)}"
     with readable(label(step)):
         selection.db.execute(f"""
             INSERT INTO drops
-            WITH valued AS (SELECT row, key, CAST(({by.text}\n) AS DOUBLE) AS number FROM alive),
-            ranked AS (
-                SELECT row, number, row_number() OVER (ORDER BY number DESC, key) AS rank
-                FROM valued WHERE number IS NOT NULL AND NOT isnan(number)
+            WITH valued AS (
+                SELECT row, key, CAST(({by.text}\n) AS DOUBLE) AS given, ({per}\n) AS part FROM alive
             ),
-            cut AS (SELECT min(number) AS least FROM ranked WHERE rank <= {num_kept})
+            numbered AS (SELECT row, key, part, CASE WHEN NOT isnan(given) THEN given END AS number FROM valued),
+            ranked AS (
+                SELECT row, part, number,
+                    row_number() OVER (PARTITION BY part ORDER BY number DESC NULLS LAST, key) AS rank,
+                    {num_kept} AS num_kept
+                FROM (SELECT *, count(*) OVER (PARTITION BY part) AS num_rows FROM numbered)
+            ),
+            judged AS (
+                SELECT *, min(number) FILTER (WHERE rank <= num_kept) OVER (PARTITION BY part) AS least FROM ranked
+            )
             SELECT row, 'select', {literal(step.name)}, 'top',
-                coalesce(printf('%.6g', ranked.number), 'NULL') || coalesce(printf(' (cut %.6g)', cut.least), ''), NULL
-            FROM valued LEFT JOIN ranked USING (row) CROSS JOIN cut
-            WHERE rank IS NULL OR rank > {num_kept}""")
+                coalesce(printf('%.6g', number), 'NULL') || coalesce(printf(' (cut %.6g)', least), '') {among}, NULL
+            FROM judged WHERE number IS NULL OR rank > num_kept""")
 
 
 def apply_sample(selection: Selection, step: Sample) -> None:
-    """Keep the rows that come first in a seeded random order, which depends on a row's key alone."""
-    num_kept = how_many(selection, step.fraction, step.count)
+    """Keep the rows that come first in a seeded random order, which depends on a row's key alone.
+
+    With `per` and a count, every value's first row comes before any value's second one: each gives as many rows as any
+    other, as long as it has some.
+    """
+    lot = seeded(selection.seed, "sample")
     asked = f"count={step.count}" if step.count is not None else f"fraction={step.fraction}"
-    selection.db.execute(f"""
-        INSERT INTO drops
-        SELECT row, 'select', {literal(step.name)}, 'sample', {literal(asked)}, NULL
-        FROM (SELECT row, row_number() OVER (ORDER BY {seeded(selection.seed, "sample")}, key) AS rank FROM alive)
-        WHERE rank > {num_kept}""")
+    among = "" if step.per is None else f"|| {_shown(step.per)}"
+    kept = (
+        f"row_number() OVER (ORDER BY rank, lot, key) <= {step.count}"
+        if step.count is not None
+        else f"rank <= ceil({step.fraction!r}::DOUBLE * num_rows)"
+    )
+    with readable(label(step)):
+        selection.db.execute(f"""
+            INSERT INTO drops
+            SELECT row, 'select', {literal(step.name)}, 'sample', {literal(asked)} {among}, NULL
+            FROM (
+                SELECT row, part, {kept} AS is_kept
+                FROM (
+                    SELECT row, key, lot, part, row_number() OVER (PARTITION BY part ORDER BY lot, key) AS rank,
+                        count(*) OVER (PARTITION BY part) AS num_rows
+                    FROM (SELECT row, key, {lot} AS lot, ({_per(selection, step)}\n) AS part FROM alive)
+                )
+            ) WHERE NOT is_kept""")
+
+
+def _per(selection: Selection, step: Top | Sample) -> str:
+    """SQL of what the rows are parted by."""
+    return (
+        "NULL" if step.per is None else scalar_expression(selection.db, label(step), step.per, selection.columns).text
+    )
+
+
+def _shown(per: str) -> str:
+    """SQL: among which rows one was judged."""
+    return f"{literal(f' among {per}=')} || coalesce(left(CAST(part AS VARCHAR), 120), 'NULL')"

@@ -8,8 +8,10 @@ between image and text and need no contrast, so the two are scored apart; with b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from curate.concepts import read_concepts
 from curate.database import literal
 from curate.errors import InputError
 from curate.expressions import label
@@ -68,9 +70,13 @@ def _cosines(image_ND: np.ndarray, other_MD: np.ndarray) -> np.ndarray:
     return (image_ND @ other_MD.T).astype("float64")
 
 
-def fill(prompt: str) -> str:
-    """A prompt template as a text about anything: `a satellite photo of {}` → `a satellite photo of something`."""
-    return prompt.replace("{}", "something")
+def fill(prompts: Sequence[str], concepts: Sequence[str]) -> list[str]:
+    """Prompt templates as texts about each concept: `a photo of a {}` → `a photo of a cat`.
+
+    Without concepts a template is about anything: `a satellite photo of {}` → `a satellite photo of something`.
+    """
+    filled = [p.replace("{}", concept) for p in prompts for concept in (concepts if "{}" in p else [""])]
+    return filled if concepts else [prompt.replace("{}", "something") for prompt in prompts]
 
 
 def _scores(selection: Selection, step: Relevance) -> pa.Table:
@@ -80,8 +86,9 @@ def _scores(selection: Selection, step: Relevance) -> pa.Table:
 
     clip = selection.loaded_clip
     nothing = np.zeros((0, 0), np.float32)
-    prompts = [fill(prompt) for prompt in step.prompts]
-    prompt_PD = clip.embed_captions(prompts).cpu().numpy() if prompts else nothing
+    concepts = read_concepts(label(step), step.concepts) if step.concepts is not None else []
+    prompts = fill(step.prompts, concepts)
+    prompt_PD = _embedded_texts(selection, prompts) if prompts else nothing
     against_AD = clip.embed_captions(step.against).cpu().numpy() if step.against else nothing
     example_ED = _examples(selection, step) if step.images else nothing
     positive_PD = prompt_PD if len(prompt_PD) else example_ED
@@ -91,6 +98,15 @@ def _scores(selection: Selection, step: Relevance) -> pa.Table:
             same_width(image_ND, positive_PD, label(step))
             tables.append(pa.table({"key": keys, "score": score(image_ND, prompt_PD, against_AD, example_ED)}))
     return pa.concat_tables(tables, promote_options="permissive")
+
+
+def _embedded_texts(selection: Selection, texts: list[str]) -> np.ndarray:
+    """The texts' embeddings, float32 (T, D); in batches, for a list of concepts may be long."""
+    import numpy as np
+
+    size = max(selection.batch_size, 64)
+    batches = [texts[start : start + size] for start in range(0, len(texts), size)]
+    return np.concatenate([selection.loaded_clip.embed_captions(batch).cpu().numpy() for batch in batches])
 
 
 def _examples(selection: Selection, step: Relevance) -> np.ndarray:
