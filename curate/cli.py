@@ -5,6 +5,7 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import logging
 import os
@@ -14,10 +15,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from curate.config import BuildConfig
-from curate.errors import CliptailorError, UnwritableDisk
+from curate.config import BuildConfig, ConceptsConfig
+from curate.errors import CliptailorError, ConfigError, UnwritableDisk, did_you_mean
 from curate.options import add_config, as_config, new_parser, parse
 
 COMMANDS = {
@@ -32,12 +35,17 @@ COMMANDS = {
     "select": "Apply the filters and write the ledger.",
     "pack": "Write the kept samples into train, val, test and retain shards.",
     "report": "Write report.html, the data card and the manifest.",
+    "concepts": """Mine a list of concepts, for a balance step, from the planned captions: frequent words and bigrams.
+
+        curate concepts --out dataset --count 10000""",
 }
+OPTIONS: dict[str, type] = {"concepts": ConceptsConfig}
 INTERRUPTED = "curate: interrupted; what is done is kept, the same command continues\n"
 GRACE_S = 5.0
 # The disk's or the system's limits, which no row and no bug is to blame for.
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE))
-DEFAULT_RECIPE = "default.yaml"
+DEFAULT_RECIPE = "default"
+CONCEPTS_SHOWN = 20
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -109,29 +117,78 @@ def _run(arguments: list[str]) -> None:
     for name, description in COMMANDS.items():
         command = new_parser(description)
         if name in arguments[:1]:  # the options of the other commands are not asked for: --help stays quick
-            add_config(command, BuildConfig)
+            add_config(command, OPTIONS.get(name, BuildConfig))
         commands.add_subcommand(name, command, help=description.partition("\n")[0])
     if not arguments:
         parser.print_help(sys.stderr)
         sys.exit(2)
-    read = parse(parser, _with_recipe(arguments), dict.fromkeys(COMMANDS, BuildConfig))
-    config = as_config(read[read["command"]], BuildConfig)
+    read = parse(parser, _with_recipe(arguments), {name: OPTIONS.get(name, BuildConfig) for name in COMMANDS})
+    stage = read["command"]
+    config: Any = as_config(read[stage], OPTIONS.get(stage, BuildConfig))
+    if isinstance(config, ConceptsConfig):
+        _concepts(config)
+        return
 
     from curate.build import build
 
-    stage = read["command"]
     build(config, [] if stage == "build" else [stage])
     if stage == "build":
         _summary(config.out)
 
 
 def _with_recipe(arguments: list[str]) -> list[str]:
-    """Without a `--config` the default recipe rules; a `--config` of one's own replaces it whole."""
-    given = any(word == "--config" or word.startswith("--config=") for word in arguments)
-    if not arguments or arguments[0] not in COMMANDS or given:
+    """Without a `--config` the default recipe rules; one of one's own, or a preset by its name, replaces it whole."""
+    if not arguments or arguments[0] not in COMMANDS or arguments[0] in OPTIONS:
         return arguments
-    with resources.as_file(resources.files("curate") / "recipes" / DEFAULT_RECIPE) as path:
-        return [arguments[0], "--config", str(path), *arguments[1:]]
+    words, given = [arguments[0]], False
+    for before, word in pairwise(arguments):
+        flag, equals, value = word.partition("=")
+        if before == "--config":
+            words.append(_recipe(word))
+        elif flag == "--config" and equals:
+            words.append(f"--config={_recipe(value)}")
+        else:
+            words.append(word)
+        given |= flag == "--config"
+    return words if given else [arguments[0], "--config", _presets()[DEFAULT_RECIPE], *arguments[1:]]
+
+
+def _recipe(name: str) -> str:
+    """The path of a configuration: a file of that name, else the preset.
+
+    Raises:
+        ConfigError: there is neither; names the presets.
+    """
+    presets = _presets()
+    if Path(name).is_file() or (Path(name).exists() and name not in presets):
+        return name
+    if name not in presets:
+        near = did_you_mean(name, presets) if difflib.get_close_matches(name, presets, n=1) else ""
+        raise ConfigError(f"--config {name}: no such file, and no preset; presets: {', '.join(presets)}.{near}")
+    return presets[name]
+
+
+def _presets() -> dict[str, str]:
+    """Path of each recipe that ships, by its name."""
+    with resources.as_file(resources.files("curate") / "recipes") as folder:
+        return {path.stem: str(path) for path in sorted(folder.glob("*.yaml"))}
+
+
+def _concepts(config: ConceptsConfig) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from curate import concepts
+    from curate.build import holding
+
+    with holding(config.out):
+        found = concepts.run(config)
+    words = found["pmi"].null_count
+    shown = Table("concept", "captions", "PMI", title=f"{words:,} words and {found.num_rows - words:,} bigrams")
+    for line in found.slice(0, CONCEPTS_SHOWN).to_pylist():
+        shown.add_row(line["concept"], f"{line['captions']:,}", "" if line["pmi"] is None else f"{line['pmi']:.2f}")
+    Console().print(shown)
+    print(f"concepts {config.out / concepts.TEXT}\ncounts   {config.out / concepts.TABLE}")
 
 
 def _summary(out: Path) -> None:

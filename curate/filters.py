@@ -236,11 +236,12 @@ def _check_values(where: str, step: Step) -> None:
     for key, value in vars(step).items():
         if value is None:
             continue
-        if key in ("fraction", "keep") and not (isinstance(value, int | float) and 0 < value <= 1):
+        share = key == "fraction" or (key == "keep" and isinstance(step, Relevance))
+        if share and not (isinstance(value, int | float) and 0 < value <= 1):
             raise ConfigError(f"{where}: {key} expected a share above 0 and up to 1, got {value!r}")
         if key in ("count", "cap", "min_count") and (type(value) is not int or value < 1):
             raise ConfigError(f"{where}: {key} expected a whole number from 1 on, got {value!r}")
-        if key in ("by", "per") and not isinstance(value, str):
+        if key in ("by", "per") and isinstance(step, Top | Sample) and not isinstance(value, str):
             raise ConfigError(f"{where}: {key} expected a column or an expression, got {value!r}")
         if key in CHOICES and value not in CHOICES[key]:
             near = did_you_mean(str(value), CHOICES[key])

@@ -46,7 +46,7 @@ def apply(selection: Selection, step: Balance) -> None:
         INSERT INTO drops
         SELECT row, 'select', {literal(step.name)}, 'balance',
             coalesce(left(counted.name, 120) || ' ({step.cap} of ' || counted.pairs || ')', 'no concept'), NULL
-        FROM alive ANTI JOIN taken USING (row)
+        FROM (SELECT row FROM alive) ANTI JOIN taken USING (row)
         LEFT JOIN (
             SELECT row, min({{pairs: pairs, concept: concept}}) AS rarest_
             FROM matches ANTI JOIN taken USING (row) JOIN counted USING (concept) GROUP BY row

@@ -1,7 +1,7 @@
 import pytest
 
 from curate.errors import ConfigError
-from curate.filters import Decontaminate, Dedup, Relevance, Sample, Top, Where, parse_steps
+from curate.filters import Balance, Decontaminate, Dedup, Relevance, Sample, Top, Where, parse_steps
 
 ALL = [
     {"name": "a", "where": "width > 3"},
@@ -9,7 +9,8 @@ ALL = [
     {"name": "c", "decontaminate": {"against": "tests/", "similarity": 0.9}},
     {"name": "d", "relevance": {"prompts": "a {}", "images": "x", "keep": 0.4}},
     {"name": "e", "top": {"by": "clip_score", "fraction": 0.3}},
-    {"name": "f", "sample": {"count": 10}},
+    {"name": "f", "sample": {"count": 10, "per": "url_host"}},
+    {"name": "g", "balance": {"concepts": ["cat"], "cap": 5}},
 ]
 
 
@@ -21,7 +22,8 @@ def test_every_kind_of_step_is_read_with_its_defaults():
         Decontaminate(name="c", against=["tests/"], distance=4, similarity=0.9),
         Relevance(name="d", prompts=["a {}"], images="x", against=contrast, keep=0.4, threshold=None),
         Top(name="e", by="clip_score", fraction=0.3, count=None),
-        Sample(name="f", fraction=None, count=10),
+        Sample(name="f", fraction=None, count=10, per="url_host"),
+        Balance(name="g", concepts=["cat"], cap=5, method="wit", match="words", min_count=100),
     ]
     assert parse_steps([]) == []
 
@@ -54,6 +56,26 @@ def test_reading_leaves_the_configuration_as_it_was():
         ({"name": "n", "top": {"fraction": 0.3}}, "top needs the key 'by'"),
         ({"name": "n", "top": {"by": "width"}}, "exactly one of fraction and count"),
         ({"name": "n", "sample": {"fraction": 0}}, "fraction expected a share above 0"),
+        ({"name": "n", "sample": {"fraction": "0.2"}}, "fraction expected a share above 0"),
+        ({"name": "n", "sample": {"count": 0}}, "count expected a whole number from 1 on, got 0"),
+        ({"name": "n", "sample": {"count": 2, "pre": "x"}}, r"sample has no key 'pre'\. Did you mean 'per'"),
+        ({"name": "n", "top": {"by": "width", "count": 2, "per": 3}}, "per expected a column or an expression, got 3"),
+        ({"name": "n", "top": {"by": 7, "count": 2}}, "by expected a column or an expression, got 7"),
+        ({"name": "n", "balance": {"cap": 2}}, "balance needs the key 'concepts'"),
+        ({"name": "n", "balance": {"concept": "x"}}, r"balance has no key 'concept'\. Did you mean 'concepts'"),
+        (
+            {"name": "n", "balance": {"concepts": []}},
+            r"concepts expected a file, or a list of words and terms, got \[\]",
+        ),
+        ({"name": "n", "balance": {"concepts": ["cat", 3]}}, "concepts expected a file, or a list"),
+        ({"name": "n", "balance": {"concepts": "x", "cap": "20k"}}, "cap expected a whole number from 1 on, got '20k'"),
+        ({"name": "n", "balance": {"concepts": "x", "method": "metclip"}}, r"got 'metclip'\. Did you mean 'metaclip'"),
+        ({"name": "n", "balance": {"concepts": "x", "match": "word"}}, r"expected words or substring, .*mean 'words'"),
+        ({"name": "n", "balance": {"concepts": "x", "min_count": 9}}, "min_count goes with 'concepts: mined'"),
+        (
+            {"name": "n", "relevance": {"prompts": "a cat", "concepts": "x", "keep": 0.1}},
+            "concepts go into prompts with",
+        ),
         ({"name": "n", "sample": {"fraction": 0.2, "count": 2}}, "exactly one of fraction and count"),
     ],
 )

@@ -115,6 +115,7 @@ def test_relevance_keeps_what_reaches_the_threshold(out, clip):
 
 def test_a_list_may_have_columns_of_any_name_a_step_uses_inside(tmp_path, clip, held_out):
     names = ("score", "rank", "cosine", "name", "number", "least", "same", "distance", "label", "kept_", "_file")
+    names += ("pairs", "concept", "part", "lot", "given", "turn", "place", "rarest_", "num_rows", "captions", "taken")
     out = fetched(tmp_path / "out", [row(n, noise(n)) | dict.fromkeys(names, str(n)) for n in range(12)])
     measure.run(out, MeasureConfig(text=False, clip=clip))
     every = " AND ".join(f"{name} <> ''" for name in names if name != "kept_") + " AND list_kept_ <> ''"
@@ -125,7 +126,10 @@ def test_a_list_may_have_columns_of_any_name_a_step_uses_inside(tmp_path, clip, 
         step("leak", decontaminate={"against": str(held_out), "similarity": 0.99}),
         step("on_topic", relevance={"prompts": ["red"], "keep": 0.9}),
         step("best", top={"by": "TRY_CAST(number AS DOUBLE)", "fraction": 0.9}),
-        step("any", sample={"fraction": 0.9}),
+        step("any", sample={"fraction": 0.9, "per": "lot"}),
+        step("each", top={"by": "TRY_CAST(part AS DOUBLE)", "fraction": 0.9, "per": "given"}),
+        step("wit", balance={"concepts": ["caption"], "cap": 9}),
+        step("meta", balance={"concepts": ["caption"], "cap": 8, "method": "metaclip"}),
     ]
     assert select_rows(out, filters, clip=clip).kept["train"] > 0
     pack_rows(out)
@@ -133,8 +137,23 @@ def test_a_list_may_have_columns_of_any_name_a_step_uses_inside(tmp_path, clip, 
 
 
 def test_a_prompt_template_is_filled():
-    assert fill("a satellite photo of {}.") == "a satellite photo of something."
-    assert fill("a satellite photo.") == "a satellite photo."
+    assert fill(["a satellite photo of {}.", "a map."], []) == ["a satellite photo of something.", "a map."]
+    assert fill(["a {}.", "a map.", "{} and {}"], ["cat", "dog"]) == [
+        *("a cat.", "a dog.", "a map.", "cat and cat", "dog and dog"),
+    ]
+
+
+def test_prompts_over_a_list_of_concepts_are_prompts_like_others(out, clip, tmp_path):
+    (tmp_path / "colours.txt").write_text("red\ngreen\n")
+    keep = {"against": ["text."], "keep": 0.5}
+    select_rows(out, [step("t", relevance={"prompts": ["a red thing", "a green thing"], **keep})], clip=clip)
+    expected = dropped(out, "t")
+    for concepts in (["red", "green"], str(tmp_path / "colours.txt")):
+        select_rows(out, [step("t", relevance={"prompts": "a {} thing", "concepts": concepts, **keep})], clip=clip)
+        assert dropped(out, "t") == expected
+    (tmp_path / "colours.txt").write_text("blue\n")
+    select_rows(out, [step("t", relevance={"prompts": "a {} thing", "concepts": concepts, **keep})], clip=clip)
+    assert dropped(out, "t") != expected
 
 
 def test_relevance_without_a_measuring_clip_or_examples_is_told(out, clip, tmp_path):
