@@ -7,6 +7,7 @@ called in order.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -146,13 +147,16 @@ def check_books(out: Path, engine: SelectConfig) -> None:
 
     from curate.database import SPILL, connect, files
 
+    listed = json.loads((out / "plan" / "plan.json").read_text())["result"]["rows"]
     planned = sum(pq.read_metadata(path).num_rows for path in (out / "plan").glob("*.parquet"))
     ledger = out / "ledger.parquet"
     with connect(engine.memory_limit, engine.threads, out / SPILL, [ledger]) as db:
         ((rows, keys, kept, retained, dropped),) = db.execute(f"""
             SELECT count(*), count(DISTINCT key), count_if(kept), count_if(split = 'retain'), count(stage)
             FROM read_parquet({files([ledger])})""").fetchall()
-    assert planned == rows == kept + dropped, f"{planned} rows in, {kept} kept, {dropped} dropped"
+    assert listed == planned == rows == kept + dropped, (
+        f"{listed} rows in, {planned} planned, {kept} kept, {dropped} dropped"
+    )
     assert keys == planned, "a row is in the ledger twice"
     if not kept:
         raise UnwantedResult(f"{out}: all {planned:,} rows were dropped; report.html and ledger.parquet show by what")

@@ -157,11 +157,39 @@ def test_every_recipe_that_ships_is_read(path: Path) -> None:
     assert len(parse_steps(config.filters)) == len(config.filters) > 0
 
 
-def test_the_default_recipe_rules_when_no_config_is_given() -> None:
+def test_the_default_recipe_rules_when_no_config_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("filters: []")
     arguments = cli._with_recipe(["build", "--urls", "x"])
     assert arguments[1] == "--config"
     assert yaml.safe_load(Path(arguments[2]).read_text())["filters"]
+    (tmp_path / "default").mkdir()
+    assert cli._with_recipe(["build", "--urls", "x"]) == arguments
     assert cli._with_recipe(["build", "--config", "mine.yaml"]) == ["build", "--config", "mine.yaml"]
+
+
+@pytest.mark.parametrize("written", [["--config", "{}"], ["--config={}"]])
+def test_a_preset_goes_by_its_name_and_a_file_of_that_name_before_it(
+    written: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = cli._with_recipe(["build", "--out", "x", *(word.format("wit") for word in written), "--seed", "1"])
+    path = words[-3].removeprefix("--config=")
+    assert Path(path).name == "wit.yaml"
+    assert "Radford et al. 2021" in Path(path).read_text()
+    assert words == ["build", "--out", "x", *(word.format(path) for word in written), "--seed", "1"]
+    (tmp_path / "wit").write_text("filters: []")
+    given = ["build", *(word.format("wit") for word in written)]
+    assert cli._with_recipe(given) == given
+
+
+def test_a_config_that_is_neither_file_nor_preset_is_told_with_the_presets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ", ".join(path.stem for path in RECIPES)
+    told = f"curate: --config metclip: no such file, and no preset; presets: {names}. Did you mean 'metaclip'?\n"
+    assert failing(capsys, "build", "--config", "metclip", "--urls", "x") == (2, told)
 
 
 def test_a_section_that_may_be_absent_can_be_set_by_dotted_flags() -> None:
