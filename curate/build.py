@@ -116,7 +116,7 @@ def _report(config: BuildConfig) -> None:
     from curate import report
 
     _needs(config.out / "ledger.parquet", "select")
-    result = report.run(config.out, config.report, effective(config), config.seed)
+    result = report.run(config.out, config.report, effective(config), config.seed, config.select)
     _say("report", True, f"{result.path} ({result.size / 1e6:.1f} MB)")
 
 

@@ -64,13 +64,22 @@ def bar(parts: Sequence[tuple[str, float, str]], whole: float) -> Markup:
     ).format(visible(label), Markup("").join(marks))
 
 
-def histogram(edges: Sequence[float], series: Mapping[str, Sequence[int]], *, unit: str = "") -> Markup:
+def histogram(
+    edges: Sequence[float],
+    series: Mapping[str, Sequence[int]],
+    *,
+    unit: str = "",
+    cuts: Sequence[tuple[float, str]] = (),
+    label: str = "histogram",
+) -> Markup:
     """A stacked histogram; the last bin holds all that is larger.
 
     Args:
         edges: N+1 bounds of the bins, rising.
         series: name (also the class) → N counts; the first is at the bottom.
         unit: of the x axis, for the tooltips.
+        cuts: (value, what it is) of thresholds to draw in, as far as they lie within the edges.
+        label: what the chart shows, for a screen reader.
     """
     totals = [sum(column) for column in zip(*series.values(), strict=True)]
     plot = _Plot(edges[0], edges[-1], 0, max([*totals, 1]))
@@ -79,14 +88,28 @@ def histogram(edges: Sequence[float], series: Mapping[str, Sequence[int]], *, un
         amounts = {name: counts[number] for name, counts in series.items()}
         said = ", ".join(f"{count(amount)} {name}" for name, amount in amounts.items())
         title = f"{short(left)}–{short(right)}{' ' + unit if unit else ''}: {said}"
-        base = 0
+        x, width = plot.x(left), plot.x(right) - plot.x(left)
+        base, bars = 0, []
         for name, amount in amounts.items():
             if amount:
-                x, width = plot.x(left), plot.x(right) - plot.x(left)
                 top, bottom = plot.y(base + amount), plot.y(base)
-                marks.append(_rect(name, x + 0.5, top, max(width - 1, 0.5), max(bottom - top, 0.5), title))
+                bars.append(_rect(name, x + 0.5, top, max(width - 1, 0.5), max(bottom - top, 0.5), title))
             base += amount
-    return plot.svg(marks, "histogram")
+        # The whole column can be pointed at, not only a bar that may be one pixel high.
+        reach = _rect("reach", x, TOP, width, HEIGHT - TOP - BOTTOM, title)
+        marks.append(
+            Markup('<g class="bin" data-bin="{}" aria-label="{}">{}{}</g>').format(
+                number, visible(title), reach, Markup("").join(bars)
+            )
+        )
+    marks += [
+        Markup('<line class="cut" x1="{0}" x2="{0}" y1="{1}" y2="{2}"><title>{3}</title></line>').format(
+            f"{plot.x(value):.2f}", TOP - 6, HEIGHT - BOTTOM, visible(said)
+        )
+        for value, said in cuts
+        if edges[0] <= value <= edges[-1]
+    ]
+    return plot.svg(marks, label)
 
 
 def lines(series: Mapping[str, Sequence[tuple[float, float]]], *, label: str = "") -> Markup:

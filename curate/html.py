@@ -6,7 +6,8 @@ web. So:
 - Jinja2 escapes every value, and `visible` goes over each one first: control characters, bidirectional overrides and
   lone surrogates become a replacement mark, so that a caption can neither close a tag nor turn the text around it.
 - The page's Content-Security-Policy allows nothing but `data:` pictures and the one style sheet and one script whose
-  sha256 it names. There are no style or event attributes anywhere; a page that was tampered with would not run.
+  sha256 it names; its data stand beside them as JSON, which is no script. There are no style or event attributes
+  anywhere; a page that was tampered with would not run.
 - A link goes to http(s), or it is plain text.
 
 Charts are in `curate.charts`.
@@ -16,8 +17,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,13 +54,14 @@ def clip(text: str | None, length: int = 160) -> str:
 def link(url: str | None, text: str | None = None) -> Markup:
     """A link that tells the other side nothing of this page; the bare text where `url` is not a plain http(s) URL."""
     shown = Markup("<bdi>{}</bdi>").format(visible(clip(text if text is not None else url, 80)))
-    if url is None or not _linkable(url):
+    if not linkable(url):
         return shown
     return Markup('<a href="{}" rel="noopener noreferrer nofollow" target="_blank">{}</a>').format(url, shown)
 
 
-def _linkable(url: str) -> bool:
-    if len(url) > 2_000 or _HIDDEN.search(url) or re.search(r"\s", url):
+def linkable(url: str | None) -> bool:
+    """Whether a text is a plain http(s) URL."""
+    if url is None or len(url) > 2_000 or _HIDDEN.search(url) or re.search(r"\s", url):
         return False
     try:
         parts = urlsplit(url)
@@ -109,12 +112,14 @@ def duration(seconds: float) -> str:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def render(templates: Path, values: Mapping[str, Any]) -> str:
+def render(templates: Path, values: Mapping[str, Any], *, more: Sequence[str] = (), data: Any = None) -> str:
     """Fill `report.html.j2` of the folder `templates`, which extends the shared `page.html.j2`.
 
     Args:
         templates: folder of the template.
         values: what the template names; everything but `Markup` is made visible and escaped.
+        more: names of style sheets and scripts to go with `page.css` and `page.js`, in order; scripts share one scope.
+        data: JSON-ready, for the scripts: they find it in `#data`, and may only ever show it as text.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([templates, FRAME]),
@@ -126,11 +131,29 @@ def render(templates: Path, values: Mapping[str, Any]) -> str:
     )
     environment.filters |= {"clip": clip, "link": link, "count": count, "size": size, "duration": duration}
     environment.globals |= {"share": share}
-    style, script = (FRAME / "page.css").read_text("utf-8"), (FRAME / "page.js").read_text("utf-8")
-    frame = {"style": Markup(style), "script": Markup(script), "policy": policy(style, script)}  # noqa: S704 - our own files
+    style, script = (_sources(kind, more) for kind in ("css", "js"))
+    frame = {
+        "style": Markup(style),  # noqa: S704 - our own files
+        "script": Markup(script),  # noqa: S704 - our own files
+        "policy": policy(style, script),
+        "data": None if data is None else as_data(data),
+    }
     page = environment.get_template("report.html.j2").render(**frame, **values)
     # A lone surrogate in markup of ours would not encode; there is none, but a report is no place to fail.
     return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def _sources(kind: str, more: Sequence[str]) -> str:
+    names = [f"page.{kind}", *(name for name in more if name.endswith(f".{kind}"))]
+    return "".join((FRAME / name).read_text("utf-8") for name in names)
+
+
+def as_data(data: Any) -> Markup:
+    """Data as JSON that nothing in it can end the script element it stands in; all text in it made visible."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
+    # Outside of strings JSON has none of these, so that each can be written as an escape.
+    escapes = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
+    return Markup(_HIDDEN.sub(REPLACEMENT, text).translate(str.maketrans(escapes)))  # noqa: S704 - no < is left
 
 
 def policy(style: str, script: str) -> str:

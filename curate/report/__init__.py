@@ -1,4 +1,4 @@
-"""A dataset folder → `report.html`, `README.md` (the data card), `report.json` (all figures) and `manifest.json`.
+"""A dataset folder → `report.html`, data card `README.md`, figures `report.json`, `croissant.json`, `manifest.json`.
 
 It computes nothing that is not shown. The figures are counted in the database, the rows shown are a bounded sample,
 and the page has a hard limit of bytes: where a dataset has so many steps that their pictures would pass it, each step
@@ -17,20 +17,26 @@ from urllib.parse import urlsplit
 import yaml
 
 from curate import charts
-from curate.config import ReportConfig
+from curate.config import ReportConfig, SelectConfig
 from curate.errors import InputError
 from curate.html import MAX_BYTES, count, render, share
 from curate.report.card import card, retained
-from curate.report.definitions import limits
-from curate.report.figures import count_all, open_tables
+from curate.report.croissant import croissant
+from curate.report.definitions import limits, why_paired
+from curate.report.distributions import JUDGED
+from curate.report.embedded import embedded_rows
+from curate.report.figures import count_all
 from curate.report.manifest import manifest
 from curate.report.samples import Gallery, choose, with_pictures
+from curate.report.tables import open_tables
+from curate.report.thresholds import named_columns
 from curate.shards import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 MOST_THUMBNAILS = 200
+SCRIPTS = ("explore.css", "data.js", "rows.js", "plots.js", "map.js")  # with the frame's own, in this order
 LONGEST_CONFIG = 60_000
 QUERIES = (
     (
@@ -56,31 +62,49 @@ class ReportResult:
     size: int
 
 
-def run(out: Path, config: ReportConfig, effective_config: dict[str, Any], seed: int) -> ReportResult:
-    """Write the four files into the dataset folder, `manifest.json` last.
+def run(
+    out: Path, config: ReportConfig, effective_config: dict[str, Any], seed: int, engine: SelectConfig | None = None
+) -> ReportResult:
+    """Write the five files into the dataset folder, `manifest.json` last.
 
     Args:
         out: a folder with a ledger; plan, raw, signals and shards as far as they are there.
         config: title, and how many thumbnails.
         effective_config: the whole configuration of the build, as plain data.
         seed: of the build; chooses the samples shown.
+        engine: limits of the database that counts.
 
     Raises:
         InputError: there is no ledger yet.
+        ConfigError: the database cannot count within its limits.
     """
     plain = json.loads(json.dumps(effective_config, default=str))
     filters = plain.get("filters") or []
-    with open_tables(out) as database:
-        figures = {"title": config.title, **count_all(database, filters)}
-        chosen = choose(database, figures, filters, min(config.thumbnails, MOST_THUMBNAILS), seed)
-        galleries = with_pictures(database, chosen)
+    with open_tables(out, engine or SelectConfig(), named_columns(filters), seed) as tables:
+        figures = {"title": config.title, **count_all(tables, filters)}
+        chosen = choose(tables, figures, filters, min(config.thumbnails, MOST_THUMBNAILS))
+        galleries = with_pictures(tables, chosen, _test_sets(filters))
+        rows = embedded_rows(tables, figures, _pictures(galleries), seed)
+        figures["sql"] = {"views": tables.views, "figures": tables.sql}
     facts = manifest(out, plain, seed)
-    page = _page(figures, galleries, facts)
+    page = _page(figures, galleries, rows, facts)
     write_text(out / "report.html", page)
-    write_text(out / "README.md", card(out, figures, plain, facts["fingerprint"]))
+    write_text(out / "README.md", card(out, figures, plain, facts))
+    write_text(out / "croissant.json", _json(croissant(out, figures, facts)))
     write_text(out / "report.json", _json(figures))
     write_text(out / "manifest.json", _json(facts))
     return ReportResult(out / "report.html", len(page.encode()))
+
+
+def _test_sets(filters: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the decontaminate steps compare with."""
+    named = [(step.get("decontaminate") or {}).get("against") or [] for step in filters]
+    return [path for some in named for path in ([some] if isinstance(some, str) else some)]
+
+
+def _pictures(galleries: Sequence[Gallery]) -> dict[str, str]:
+    samples = [sample for gallery in galleries for sample in (*gallery.samples, *gallery.passed)]
+    return {sample.key: sample.picture for sample in samples if sample.picture}
 
 
 def _json(data: Mapping[str, Any]) -> str:
@@ -91,19 +115,40 @@ def _json(data: Mapping[str, Any]) -> str:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def _page(figures: Mapping[str, Any], galleries: Sequence[Gallery], facts: Mapping[str, Any]) -> str:
+def _page(
+    figures: Mapping[str, Any], galleries: Sequence[Gallery], rows: Sequence[dict[str, Any]], facts: Mapping[str, Any]
+) -> str:
     """The page; with half the samples in each gallery, and half again, until it is small enough."""
     each = max((len(gallery.samples) for gallery in galleries), default=0)
     while True:
         shown = [gallery.at_most(each) for gallery in galleries]
-        page = render(Path(__file__).parent, _values(figures, shown, facts))
+        there = _pictures(shown)
+        data = _data(figures, rows, there)
+        page = render(Path(__file__).parent, _values(figures, shown, rows, facts), more=SCRIPTS, data=data)
         if len(page.encode()) <= MAX_BYTES or each == 0:
             return page
         each //= 2
 
 
-def _values(figures: Mapping[str, Any], galleries: Sequence[Gallery], facts: Mapping[str, Any]) -> dict[str, Any]:
+def _data(figures: Mapping[str, Any], rows: Sequence[dict[str, Any]], shown: Mapping[str, str]) -> dict[str, Any]:
+    """What the page's scripts work on; `plot` is where a chart's axes lie."""
+    return {
+        "rows": [{**row, "shown": True} if row["key"] in shown else row for row in rows],
+        "drawn": list(figures["distributions"].values()),
+        "total": figures["rows"],
+        "splits": [split for split, number in figures["splits"].items() if number],
+        "steps": [step["step"] for step in figures["funnel"] if step["dropped"]],
+        "judged": JUDGED,
+        "plot": {"left": charts.LEFT, "right": charts.WIDTH - charts.RIGHT, "top": charts.TOP - 6}
+        | {"bottom": charts.HEIGHT - charts.BOTTOM},
+    }
+
+
+def _values(
+    figures: Mapping[str, Any], galleries: Sequence[Gallery], rows: Sequence[dict[str, Any]], facts: Mapping[str, Any]
+) -> dict[str, Any]:
     config = yaml.safe_dump(facts["config"], sort_keys=False, allow_unicode=True, width=100)
+    filters = facts["config"].get("filters") or []
     return {
         "figures": figures,
         "kept": [gallery for gallery in galleries if gallery.stage == "kept"],
@@ -111,15 +156,44 @@ def _values(figures: Mapping[str, Any], galleries: Sequence[Gallery], facts: Map
         "pairs": [gallery for gallery in galleries if gallery.pairs],
         "funnel": [{**step, "bar": _bar(step, figures["rows"])} for step in figures["funnel"]],
         "what": {step["step"]: step["what"] for step in figures["funnel"]},
+        "why": {str(step.get("name")): why_paired(step) for step in filters},
         "split_bar": _split_bar(figures),
         "histograms": [_histogram(name, drawn) for name, drawn in figures["distributions"].items()],
         "hosts": [{**host, "bar": _host_bar(host)} for host in figures["hosts"]["top"]],
+        "words": _compared(figures["words"]["top"], "word", figures["words"]["before"], figures["words"]["after"]),
+        "languages": _compared(
+            figures["languages"],
+            "language",
+            sum(line["before"] for line in figures["languages"]),
+            sum(line["after"] for line in figures["languages"]),
+        ),
         "host": _host,
-        "limits": limits(facts["config"].get("filters") or []),
+        "embedded": len(rows),
+        "mapped": sum("xy" in row for row in rows),
+        "limits": limits(filters),
         "config": config[:LONGEST_CONFIG] + ("\n… manifest.json has the rest" if len(config) > LONGEST_CONFIG else ""),
         "facts": facts,
         "queries": QUERIES,
     }
+
+
+def _compared(lines: Sequence[Mapping[str, Any]], name: str, before: int, after: int) -> list[dict[str, Any]]:
+    """Shares before and after, and a bar of each on the scale of the largest."""
+    shares = [(line["before"] / before if before else 0, line["after"] / after if after else 0) for line in lines]
+    most = max((share for both in shares for share in both), default=0) or 1
+    return [
+        {
+            "name": line[name],
+            "before": line["before"],
+            "after": line["after"],
+            "shares": both,
+            "bars": [
+                charts.bar([("same", both[0], f"{share(line['before'], before)} before")], most),
+                charts.bar([("kept", both[1], f"{share(line['after'], after)} of what is kept")], most),
+            ],
+        }
+        for line, both in zip(lines, shares, strict=True)
+    ]
 
 
 def _bar(step: Mapping[str, Any], rows: int) -> str:
@@ -140,7 +214,9 @@ def _split_bar(figures: Mapping[str, Any]) -> str:
 
 def _histogram(name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
     series = {"kept": drawn["kept"], "dropped": drawn["dropped"]}
-    return {"name": name, **drawn, "chart": charts.histogram(drawn["edges"], series, unit=drawn["unit"])}
+    cuts = [(cut["value"], f"{cut['step']}: {cut['operator']} {cut['value']:g}") for cut in drawn["what_if"]]
+    chart = charts.histogram(drawn["edges"], series, unit=drawn["unit"], cuts=cuts, label=drawn["title"])
+    return {"name": name, **drawn, "chart": chart}
 
 
 def _host_bar(host: Mapping[str, Any]) -> str:

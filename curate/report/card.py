@@ -30,21 +30,22 @@ what grounds, whom to ask, and how to have a pair removed.
 """
 
 
-def card(out: Path, figures: Mapping[str, Any], config: Mapping[str, Any], fingerprint: str) -> str:
+def card(out: Path, figures: Mapping[str, Any], config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """The text of `README.md`.
 
     Args:
         out: the dataset folder: sizes of its shards, and what a person wrote in the card that is there.
         figures: `report.json`'s data.
         config: the effective configuration, JSON-ready.
-        fingerprint: the manifest's.
+        facts: the manifest.
     """
     sections = (
         _head(figures),
         _splits(out, figures),
+        _sources(figures, config),
         _funnel(figures),
-        _how(config, fingerprint),
-        _manners(config),
+        _how(config, facts),
+        _manners(figures, config),
         "## What to know before use\n\n" + "\n".join(f"- {note}" for note in limits(config.get("filters") or [])),
         BEGIN + _yours(out / "README.md") + END,
     )
@@ -158,18 +159,40 @@ def _by_reason(reasons: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return sorted(totals.values(), key=lambda total: (-total["dropped"], total["reason"]))
 
 
-def _how(config: Mapping[str, Any], fingerprint: str) -> str:
+def _sources(figures: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """The list, the hosts most pairs come from, and the licences that the list names."""
+    name = str(config.get("urls") or "").rstrip("/").rpartition("/")[2]
+    text = f"The list{f' {code(name)}' if name else ''} named images on {count(figures['hosts']['hosts'])} hosts."
+    hosts = [
+        [code(host["host"]), count(host["rows"]), count(host["images"]), count(host["kept"])]
+        for host in figures["hosts"]["top"][:10]
+    ]
+    parts = ["## Sources", text]
+    if hosts:
+        parts.append(_table(["host", "asked for", "came", "kept"], hosts))
+    for column, values in figures["licences"].items():
+        lines = [[markdown(clip(v["licence"])) if v["licence"] else "(none given)", count(v["pairs"])] for v in values]
+        parts.append(
+            f"The list's column {code(column)} gives these licences; nobody checked them.\n\n"
+            + _table(["licence", "pairs"], lines)
+        )
+    return "\n\n".join(parts)
+
+
+def _how(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     filters = {"filters": config.get("filters") or []}
     written = visible(yaml.safe_dump(filters, sort_keys=False, allow_unicode=True)).strip()
     # A fence longer than any in the text cannot be closed by it.
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", written)), default=0))
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return (
-        f"## How it was made\n\nFingerprint `{fingerprint}`. `manifest.json` has the configuration, the versions and "
-        f"the sha256 of each file.\n\n{fence}yaml\n{written}\n{fence}"
+        f"## How it was made\n\nFingerprint `{facts['fingerprint']}`, seed {facts['seed']}, by {versions}. "
+        "`manifest.json` has the configuration and the sha256 of each file; `report.json` has every figure with the "
+        f"SQL that counts it.\n\n{fence}yaml\n{written}\n{fence}"
     )
 
 
-def _manners(config: Mapping[str, Any]) -> str:
+def _manners(figures: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """How the sites were treated that the images come from."""
     fetch = config.get("fetch") or {}
     if fetch.get("engine") == "img2dataset":
@@ -185,6 +208,14 @@ def _manners(config: Mapping[str, Any]) -> str:
     text += f"Opt-outs that were heeded: {', '.join(heeded) or 'none'}. "
     if ignored:
         text += f"**By choice of whoever made this dataset these were ignored: {', '.join(ignored)}.**"
+    contact = fetch.get("contact")
+    text += f"\n\nThe requests named as contact: {markdown(str(contact)) if contact else 'nobody'}."
+    if figures["refusals"]:
+        lines = [[f"`{r['reason']}`", r["definition"], count(r["rows"])] for r in figures["refusals"]]
+        text += "\n\nNot fetched because of it:\n\n" + _table(["refusal", "meaning", "rows"], lines)
+    if saved := [step for step in figures["saved"] if step["requests"]]:
+        told = ", ".join(f"{count(step['requests'])} by {markdown(step['step'])}" for step in saved)
+        text += f"\n\nFilters that ran before the download saved the sites requests: {told}."
     return f"## How the sites were treated\n\n{text.strip()}"
 
 
@@ -201,6 +232,12 @@ def _yours(path: Path) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def code(text: str) -> str:
+    """Text as a code span that it cannot close, in a table's cell too."""
+    plain = " ".join(visible(text).split()).replace("`", "'").replace("|", "/")
+    return f"`{html.escape(plain, quote=False) if '<' in plain else plain}`"
 
 
 def markdown(text: str) -> str:

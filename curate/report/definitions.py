@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from curate.ledger import Reason
@@ -53,6 +53,20 @@ STAGES = {
 def define(reason: str) -> str:
     """The definition of a reason as it stands in the ledger; of an unknown one, nothing."""
     return DEFINITIONS[Reason(reason)] if reason in {known.value for known in Reason} else ""
+
+
+def why_paired(step: Mapping[str, Any]) -> str:
+    """Of a dedup or decontaminate step: what makes two rows the same, and which of them stays. Of others, nothing."""
+    if isinstance(dedup := step.get("dedup"), dict):
+        by, distance = dedup.get("by", "sha256"), dedup.get("distance", 0)
+        same = (
+            f"at most {distance} bits of {by} apart" if by == "phash" else f"near in {by}" if by == "embedding" else ""
+        )
+        keep = dedup.get("keep", "width * height DESC")
+        return f"Duplicates: {same or f'equal {by}'}. Of a group the first by {keep} stays; of equals the smaller key."
+    if "decontaminate" in step:
+        return "Leaks: each is one of a test set's images, or nearly is; the value says by which measure. None stays."
+    return ""
 
 
 def limits(filters: Sequence[dict[str, Any]]) -> list[str]:

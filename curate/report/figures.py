@@ -1,193 +1,91 @@
 """Every figure of the report, counted by DuckDB over the dataset's Parquet files: `report.json` is this.
 
-Nothing row by row comes into Python but the samples that are shown (`curate.report.samples`), so memory does not grow
-with the dataset.
+Nothing row by row comes into Python but the rows that are shown, so memory does not grow with the dataset.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import yaml
 
-from curate.charts import nice_step
-from curate.database import SPILL, column_types, connect, create_in_parts, files, parts
-from curate.errors import InputError
+from curate.database import literal, quoted
 from curate.report.definitions import STAGES, define
+from curate.report.distributions import distributions
+from curate.report.tables import LICENCES, Tables
 from curate.shards import SPLITS
-from curate.signals import beside, files_of, groups_there
 
-if TYPE_CHECKING:
-    import duckdb
-
-BINS = 32
 TOP_HOSTS = 15
 TOP_CAPTIONS = 12
+TOP_LANGUAGES = 20
+TOP_WORDS = 40
 LONGEST_CAPTION = 300
-
-# What is read of each stage's files.
-COLUMNS = {
-    "planned": ("key", "caption_words"),
-    "raw": (
-        *("key", "url_host", "status", "reason", "original_width", "original_height", "aspect"),
-        *("image_offset", "image_size", "filename"),
-    ),
-    "signals": ("key", "clip_score"),
-}
-FETCHED = "raw JOIN ledger USING (key) WHERE raw.status = 'success' AND (ledger.kept OR ledger.stage = 'select')"
-# A caption is judged before or after the download: whoever failed to download says nothing about it.
-JUDGED = "planned JOIN ledger USING (key) WHERE ledger.kept OR ledger.stage = 'select' OR ledger.reason = 'where'"
+# Captions whose words are counted: of a longer list, every second row, or third, …
+WORDS_OF = 1_000_000
+REFUSALS = ("robots_disallow", "robots_unreachable", "opt_out", "throttled", "blocked_address")
 
 
-@dataclass(frozen=True)
-class Distribution:
-    """A histogram to draw: which column, over which rows."""
-
-    name: str
-    title: str
-    unit: str
-    column: str
-    view: str
-    rows: str
-
-
-DISTRIBUTIONS = (
-    Distribution(
-        "short_side",
-        "Shorter side of the original",
-        "px",
-        "least(raw.original_width, raw.original_height)",
-        "raw",
-        FETCHED,
-    ),
-    Distribution("aspect", "Aspect (long side / short side)", "", "raw.aspect", "raw", FETCHED),
-    Distribution("caption_words", "Caption length", "words", "planned.caption_words", "planned", JUDGED),
-    Distribution(
-        "clip_score",
-        "CLIP score (cosine of image and caption)",
-        "",
-        "signals.clip_score",
-        "signals",
-        "signals JOIN ledger USING (key) WHERE true",
-    ),
-)
-
-
-# --- the tables ------------------------------------------------------------------------------------------------------
-
-
-def open_tables(out: Path) -> duckdb.DuckDBPyConnection:
-    """A database with what is counted: view `ledger`, and tables `planned`, `raw` and `signals` of what is there.
-
-    The tables hold the columns in COLUMNS, as far as the files have them; they spill to disk where they must.
-
-    Raises:
-        InputError: no ledger: nothing was selected yet.
-    """
-    ledger = out / "ledger.parquet"
-    if not ledger.exists():
-        raise InputError(f"{ledger}: not there; run 'curate build' or 'curate select' on {out} first")
-    paths = {
-        "planned": [*numbered(out / "plan"), *(out / "plan").glob("dropped.parquet")],
-        "raw": numbered(out / "raw"),
-    }
-    folders = [some[0].parent for some in paths.values() if some]
-    database = connect("2GB", 0, out / SPILL, [ledger, *folders, *([out / "signals"] if groups_there(out) else [])])
-    database.execute(f"CREATE VIEW ledger AS FROM read_parquet({files([ledger])})")
-    for name, some in paths.items():
-        if some:
-            there = column_types(database, f"read_parquet({files(some[:1])}, filename = true)")
-            wanted = ", ".join(column for column in COLUMNS[name] if column in there)
-            queries = (f"SELECT {wanted} FROM read_parquet({files(part)}, filename = true)" for part in parts(some))
-            create_in_parts(database, name, queries)
-    _load_signals(database, out)
-    return database
-
-
-def _load_signals(database: duckdb.DuckDBPyConnection, out: Path) -> None:
-    """Table `signals`: what was measured of each image, and is shown."""
-    groups = groups_there(out)
-    if groups:
-        paths = files_of(out, groups[0])
-        sources = [
-            beside(f"(SELECT key FROM read_parquet({files(part)}))", out, [path.stem for path in part], groups)
-            for part in parts(paths)
-        ]
-        there = column_types(database, sources[0])
-        wanted = ", ".join(column for column in COLUMNS["signals"] if column in there)
-        create_in_parts(database, "signals", (f"SELECT {wanted} FROM {source}" for source in sources))
-
-
-def numbered(folder: Path) -> list[Path]:
-    """The Parquet files of a stage, `00000.parquet` …, sorted."""
-    return sorted(path for path in folder.glob("*.parquet") if path.stem.isdigit())
-
-
-def columns(database: duckdb.DuckDBPyConnection, view: str) -> list[str]:
-    """The columns of a view; none if it is not there."""
-    found = database.execute("SELECT column_name FROM duckdb_columns() WHERE table_name = ?", [view]).fetchall()
-    return [name for (name,) in found]
-
-
-# --- the figures -----------------------------------------------------------------------------------------------------
-
-
-def count_all(database: duckdb.DuckDBPyConnection, filters: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """All figures as JSON-ready data.
+def count_all(tables: Tables, filters: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All figures as JSON-ready data; the SQL of each is in `tables.sql` then.
 
     Args:
-        database: from `open_tables`.
+        tables: of the dataset.
         filters: the `filters` of the configuration, for the order and the wording of the steps.
     """
-    rows, kept = _one(database, "SELECT count(*), count(*) FILTER (kept) FROM ledger")
-    reasons = _reasons(database)
+    rows, kept = tables.ask("rows", "SELECT count(*), count(*) FILTER (kept) FROM ledger")[0]
+    reasons = _reasons(tables)
+    funnel = _funnel(rows, reasons, _retained(tables), filters)
     return {
         "rows": rows,
         "kept": kept,
         "dropped": rows - kept,
-        "images": _one(database, "SELECT count(*) FROM raw WHERE status = 'success'")[0]
-        if columns(database, "raw")
-        else 0,
-        "splits": _splits(database),
-        "funnel": _funnel(rows, reasons, _retained(database), filters),
+        "images": _images(tables),
+        "splits": _splits(tables),
+        "funnel": funnel,
         "reasons": reasons,
-        "distributions": {
-            wanted.name: figures for wanted in DISTRIBUTIONS if (figures := _histogram(database, wanted))
-        },
-        "hosts": _hosts(database),
-        "captions": _captions(database),
+        "saved": [
+            {"step": step["step"], "requests": step["dropped"]}
+            for step in funnel
+            if step["stage"] == "plan" and step["step"] != "plan"
+        ],
+        "answers": _answers(tables),
+        "refusals": _refusals(tables),
+        "distributions": distributions(tables, filters),
+        "hosts": _hosts(tables),
+        "captions": _captions(tables),
+        "words": _words(tables, rows),
+        "concepts": _concepts(tables, filters),
+        "languages": _languages(tables),
+        "licences": _licences(tables),
     }
 
 
-def _one(database: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
-    row = database.execute(query).fetchone()
-    assert row is not None
-    return row
+def _images(tables: Tables) -> int:
+    if "status" not in tables.columns():
+        return 0
+    return int(tables.ask("images", "SELECT count(*) FROM rows WHERE status = 'success'")[0][0])
 
 
-def _splits(database: duckdb.DuckDBPyConnection) -> dict[str, int]:
-    counts = dict(database.execute("SELECT split, count(*) FROM ledger WHERE kept GROUP BY split").fetchall())
+def _splits(tables: Tables) -> dict[str, int]:
+    counts = dict(tables.ask("splits", "SELECT split, count(*) FROM ledger WHERE kept GROUP BY split"))
     return {split: counts.get(split, 0) for split in SPLITS}
 
 
-def _reasons(database: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
+def _reasons(tables: Tables) -> list[dict[str, Any]]:
     query = """
         SELECT stage, step, reason, count(*) AS dropped FROM ledger WHERE NOT kept
         GROUP BY stage, step, reason ORDER BY dropped DESC, stage, step, reason
     """
     return [
         {"stage": stage, "step": step, "reason": reason, "definition": define(reason), "dropped": dropped}
-        for stage, step, reason, dropped in database.execute(query).fetchall()
+        for stage, step, reason, dropped in tables.ask("reasons", query)
     ]
 
 
-def _retained(database: duckdb.DuckDBPyConnection) -> dict[str, int]:
+def _retained(tables: Tables) -> dict[str, int]:
     """By step: the rows that it moved into the split retain."""
-    return dict(database.execute("SELECT step, count(*) FROM ledger WHERE split = 'retain' GROUP BY step").fetchall())
+    return dict(tables.ask("retained", "SELECT step, count(*) FROM ledger WHERE split = 'retain' GROUP BY step"))
 
 
 def _funnel(
@@ -232,86 +130,130 @@ def describe(step: dict[str, Any]) -> str:
     return written.strip().removeprefix("{").removesuffix("}").replace(": {", " {", 1)
 
 
-# --- distributions ---------------------------------------------------------------------------------------------------
+# --- sources ---------------------------------------------------------------------------------------------------------
 
 
-def _histogram(database: duckdb.DuckDBPyConnection, wanted: Distribution) -> dict[str, Any] | None:
-    """Kept and dropped rows over bins of round width; all above the 99.5th percentile are in the last bin."""
-    if wanted.column.rpartition(".")[2].rstrip(")") not in columns(database, wanted.view):
-        return None
-    x = f"CAST({wanted.column} AS DOUBLE)"
-    # The join is made once; the table of one byte and one number a row spills to disk where it must.
-    database.execute(
-        f"CREATE OR REPLACE TEMP TABLE drawn AS SELECT ledger.kept, {x} AS x FROM {wanted.rows} AND isfinite({x})"
-    )
-    low, most, high, whole = _one(
-        database, "SELECT min(x), max(x), quantile_cont(x, 0.995), coalesce(bool_and(x = floor(x)), false) FROM drawn"
-    )
-    if low is None:
-        return None
-    edges = bin_edges(low, high, whole)
-    query = """
-        SELECT kept, greatest(0, least(?, CAST(floor((x - ?) / ?) AS BIGINT))) AS bin, count(*)
-        FROM drawn GROUP BY kept, bin
-    """
-    counts = {True: [0] * (len(edges) - 1), False: [0] * (len(edges) - 1)}
-    for kept, number, amount in database.execute(query, [len(edges) - 2, edges[0], edges[1] - edges[0]]).fetchall():
-        counts[kept][number] = amount
-    figures = {
-        "title": wanted.title,
-        "unit": wanted.unit,
-        "edges": edges,
-        "kept": counts[True],
-        "dropped": counts[False],
-    }
-    return {**figures, "min": low, "max": most}
-
-
-def bin_edges(low: float, high: float, whole: bool) -> list[float]:
-    """Bounds of at most `BINS` + 1 bins of a round width that hold [low, high]; at least 1 where values are whole."""
-    spread = high - low > max(
-        1e-9 * abs(low), 1e-9 * abs(high), 1e-300
-    )  # else they are one value, with a rounding error
-    step = nice_step(high - low, BINS) if spread else 1.0
-    step = max(step, 1.0) if whole else step
-    first, last = math.floor(low / step + 1e-9), math.floor(high / step + 1e-9) + 1
-    return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
-
-
-# --- hosts and captions ----------------------------------------------------------------------------------------------
-
-
-def _hosts(database: duckdb.DuckDBPyConnection) -> dict[str, Any]:
+def _hosts(tables: Tables) -> dict[str, Any]:
     """The hosts most rows were fetched from, how many of them came, and what went wrong most often."""
-    if not {"url_host", "status", "reason"} <= set(columns(database, "raw")):
+    if not {"url_host", "status", "reason"} <= set(tables.columns("raw")):
         return {"hosts": 0, "top": []}
-    query = """
-        SELECT url_host, count(*) AS rows, count(*) FILTER (status = 'success') AS images FROM raw
-        WHERE url_host IS NOT NULL GROUP BY url_host ORDER BY rows DESC, url_host LIMIT ?
+    query = f"""
+        SELECT url_host, count(*) AS rows, count(*) FILTER (status = 'success') AS images,
+            count(*) FILTER (kept) AS kept
+        FROM rows WHERE url_host IS NOT NULL AND status IS NOT NULL
+        GROUP BY url_host ORDER BY rows DESC, url_host LIMIT {TOP_HOSTS}
     """
-    top = database.execute(query, [TOP_HOSTS]).fetchall()
-    worst = _worst_reasons(database, [host for host, _, _ in top])
-    return {
-        "hosts": _one(database, "SELECT count(DISTINCT url_host) FROM raw")[0],
-        "top": [{"host": host, "rows": rows, "images": images, "worst": worst.get(host)} for host, rows, images in top],
-    }
+    top = tables.ask("hosts.top", query)
+    number = tables.ask("hosts.hosts", "SELECT count(DISTINCT url_host) FROM rows WHERE status IS NOT NULL")[0][0]
+    worst = _worst_reasons(tables, [host for host, *_ in top])
+    names = ("host", "rows", "images", "kept")
+    listed = [{**dict(zip(names, host, strict=True)), "worst": worst.get(host[0])} for host in top]
+    return {"hosts": number, "top": listed}
 
 
-def _worst_reasons(database: duckdb.DuckDBPyConnection, hosts: Sequence[str]) -> dict[str, str]:
-    query = """
-        SELECT url_host, reason FROM raw WHERE reason IS NOT NULL AND list_contains(?, url_host)
+def _worst_reasons(tables: Tables, hosts: Sequence[str]) -> dict[str, str]:
+    listed = ", ".join(map(literal, hosts)) or "NULL"
+    query = f"""
+        SELECT url_host, reason FROM rows WHERE stage = 'fetch' AND url_host IN ({listed})
         GROUP BY url_host, reason ORDER BY count(*), reason DESC
     """
-    return dict(database.execute(query, [list(hosts)]).fetchall())  # the last of a host is its most frequent
+    return dict(tables.ask("hosts.worst", query))  # the last of a host is its most frequent
 
 
-def _captions(database: duckdb.DuckDBPyConnection) -> dict[str, Any]:
+def _answers(tables: Tables) -> list[dict[str, Any]]:
+    """What became of each request: success, or the reason with the server's status word where there is one."""
+    if "status" not in tables.columns():
+        return []
+    query = """
+        SELECT status, CASE WHEN stage = 'fetch' THEN reason END AS reason,
+            CASE WHEN reason = 'http_status' THEN left(value, 40) END AS detail, count(*) AS n
+        FROM rows WHERE status IS NOT NULL GROUP BY ALL ORDER BY n DESC, 1, 2, 3 LIMIT 40
+    """
+    names = ("status", "reason", "detail", "rows")
+    return [dict(zip(names, answer, strict=True)) for answer in tables.ask("answers", query)]
+
+
+def _refusals(tables: Tables) -> list[dict[str, Any]]:
+    """Rows that were not fetched because somebody, or our own guard, said no, and over how many hosts."""
+    hosts = "count(DISTINCT url_host)" if "url_host" in tables.columns() else "0"
+    listed = ", ".join(map(literal, REFUSALS))
+    query = f"""
+        SELECT reason, count(*) AS n, {hosts} FROM rows WHERE stage = 'fetch' AND reason IN ({listed})
+        GROUP BY reason ORDER BY n DESC, reason
+    """
+    return [
+        {"reason": reason, "definition": define(reason), "rows": number, "hosts": over}
+        for reason, number, over in tables.ask("refusals", query)
+    ]
+
+
+def _licences(tables: Tables) -> dict[str, list[dict[str, Any]]]:
+    """By column of the list that names a licence: its values over the kept pairs."""
+    found = {}
+    for column in [name for name in tables.columns() if name.lower() in LICENCES]:
+        query = f"""
+            SELECT left(CAST({quoted(column)} AS VARCHAR), 200) AS licence, count(*) AS n FROM rows WHERE kept
+            GROUP BY ALL ORDER BY n DESC, licence LIMIT 20
+        """
+        answer = tables.ask(f"licences.{column}", query)
+        found[column] = [{"licence": licence, "pairs": number} for licence, number in answer]
+    return found
+
+
+# --- captions --------------------------------------------------------------------------------------------------------
+
+
+def _captions(tables: Tables) -> dict[str, Any]:
     """How many different captions the kept pairs have, and the most common ones."""
     query = f"""
         SELECT left(caption, {LONGEST_CAPTION}), count(*) AS n FROM ledger WHERE kept AND caption IS NOT NULL
         GROUP BY caption HAVING n > 1 ORDER BY n DESC, caption LIMIT {TOP_CAPTIONS}
     """
     return {
-        "different": _one(database, "SELECT count(DISTINCT caption) FROM ledger WHERE kept")[0],
-        "top": [{"caption": caption, "count": n} for caption, n in database.execute(query).fetchall()],
+        "different": tables.ask("captions.different", "SELECT count(DISTINCT caption) FROM ledger WHERE kept")[0][0],
+        "top": [{"caption": caption, "count": n} for caption, n in tables.ask("captions.top", query)],
     }
+
+
+def _words(tables: Tables, rows: int) -> dict[str, Any]:
+    """The most frequent words of the captions, in how many captions of the list and of what is kept each stands."""
+    every = max(1, -(-rows // WORDS_OF))
+    sample = f"SELECT row, kept, caption FROM ledger WHERE caption IS NOT NULL AND row % {every} = 0"
+    # Words of four letters and more, or of two in scripts that write no space between words.
+    words = r"list_distinct(regexp_extract_all(lower(left(caption, 1000)), '[\p{L}\p{M}]{4,}|[^\x00-\x{2FFF}]{2,8}'))"
+    query = f"""
+        SELECT word, count(*) AS before, count(*) FILTER (kept) AS after
+        FROM (SELECT kept, unnest({words}) AS word FROM ({sample}))
+        GROUP BY word ORDER BY before DESC, word LIMIT {TOP_WORDS}
+    """
+    totals = tables.ask("words.captions", f"SELECT count(*), count(*) FILTER (kept) FROM ({sample})")[0]
+    names = ("word", "before", "after")
+    top = [dict(zip(names, entry, strict=True)) for entry in tables.ask("words.top", query)]
+    return {"every": every, "before": totals[0], "after": totals[1], "top": top}
+
+
+def _concepts(tables: Tables, filters: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each balance step: the concepts it took most pairs from."""
+    found = []
+    for step in filters:
+        if "balance" in step:
+            name = str(step.get("name"))
+            query = f"""
+                SELECT left(value, 200) AS concept, count(*) AS n FROM ledger
+                WHERE NOT kept AND step = {literal(name)} AND value IS NOT NULL
+                GROUP BY ALL ORDER BY n DESC, concept LIMIT {TOP_WORDS}
+            """
+            top = [{"concept": concept, "dropped": n} for concept, n in tables.ask(f"concepts.{name}", query)]
+            found.append({"step": name, "top": top})
+    return found
+
+
+def _languages(tables: Tables) -> list[dict[str, Any]]:
+    """Languages of the captions, over all rows that were measured and over the kept ones."""
+    if "language" not in tables.columns():
+        return []
+    query = f"""
+        SELECT CAST(language AS VARCHAR) AS name, count(*) AS before, count(*) FILTER (kept) AS after
+        FROM rows WHERE language IS NOT NULL GROUP BY ALL ORDER BY before DESC, name LIMIT {TOP_LANGUAGES}
+    """
+    return [dict(zip(("language", "before", "after"), line, strict=True)) for line in tables.ask("languages", query)]

@@ -11,21 +11,20 @@ import base64
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from curate.database import literal
 from curate.errors import InputError
-from curate.report.figures import columns
+from curate.report.tables import Tables
+from curate.report.thresholds import NUMBER
 from curate.shards import MemberReader
-
-if TYPE_CHECKING:
-    import duckdb
 
 SIDE = 128
 QUALITY = 80
-NUMBER = r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
 PAIRS = ("dedup", "decontaminate")
+UNSAFE = 0.5  # probability of nsfw from which a picture is blurred
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Sample:
     """A row of the ledger as it is shown, and its twin where that is a row too.
 
     `picture` and `twin_picture` are `data:` URLs, or None. `twin_fate` is the later step that dropped the twin; None if
-    it is kept.
+    it is kept. `unsafe`: to be shown blurred.
     """
 
     key: str
@@ -47,17 +46,23 @@ class Sample:
     twin_caption: str | None = None
     twin_url: str | None = None
     twin_fate: str | None = None
+    unsafe: bool = False
+    twin_unsafe: bool = False
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Samples of one split (`stage` is "kept") or of what one step dropped; `reason` is the step's first."""
+    """Samples of one split (`stage` is "kept") or of what one step dropped; `reason` is the step's first.
+
+    `passed` are kept rows that passed the step, those nearest its threshold first; none where no number decided.
+    """
 
     stage: str
     name: str
     count: int
     reason: str | None
     samples: list[Sample]
+    passed: list[Sample] = field(default_factory=list)
 
     @property
     def pairs(self) -> bool:
@@ -66,42 +71,77 @@ class Gallery:
 
     def at_most(self, number: int) -> Gallery:
         """The same gallery with fewer samples."""
-        return replace(self, samples=self.samples[:number])
+        return replace(self, samples=self.samples[:number], passed=self.passed[:number])
 
 
 def choose(
-    database: duckdb.DuckDBPyConnection,
+    tables: Tables,
     figures: Mapping[str, Any],
     filters: Sequence[dict[str, Any]],
     each: int,
-    seed: int,
 ) -> list[Gallery]:
     """The galleries, kept first, then the steps as in the funnel: `each` samples at most, without pictures."""
     galleries = [
-        Gallery("kept", split, number, None, _rows(database, "kept AND split = ?", [split], "", each, seed))
+        Gallery("kept", split, number, None, _rows(tables, "kept AND split = ?", [split], "", each))
         for split, number in figures["splits"].items()
         if number
     ]
+    cuts: dict[str, list[Mapping[str, Any]]] = {}
+    for drawn in figures["distributions"].values():
+        for cut in drawn["what_if"]:
+            cuts.setdefault(cut["step"], []).append(cut)
     constants = {str(step.get("name")): _constants(step) for step in filters}
     for step in figures["funnel"]:
         if step["dropped"]:
             place = [step["stage"], step["step"]]
             reason = next(r["reason"] for r in figures["reasons"] if [r["stage"], r["step"]] == place)
             order = _nearest_first(reason, constants.get(step["step"], []))
-            rows = _rows(database, "NOT kept AND stage = ? AND step = ?", place, order, each, seed)
-            galleries.append(Gallery(step["stage"], step["step"], step["dropped"], reason, rows))
+            rows = _rows(tables, "NOT kept AND stage = ? AND step = ?", place, order, each)
+            passed = _passed(tables, cuts.get(step["step"], []), each)
+            galleries.append(Gallery(step["stage"], step["step"], step["dropped"], reason, rows, passed))
     return galleries
 
 
-def _rows(
-    database: duckdb.DuckDBPyConnection, condition: str, values: Sequence[str], order: str, each: int, seed: int
-) -> list[Sample]:
+def _passed(tables: Tables, cuts: Sequence[Mapping[str, Any]], each: int) -> list[Sample]:
+    """Kept rows whose numbers are nearest one of a step's thresholds, which they passed, and that number as value."""
+    if not cuts:
+        return []
+    numbers = ", ".join(f"CAST({cut['expression']} AS DOUBLE)" for cut in cuts)
+    listed = ", ".join(f"{cut['value']!r}::DOUBLE" for cut in cuts)
+    away = "lambda x, place: abs(x - cuts[place]) / greatest(abs(cuts[place]), 1e-9)"
     query = f"""
-        SELECT key, left(url, 2001), left(caption, 300), reason, left(value, 300), left(twin, 1000)
-        FROM ledger WHERE {condition}
-        ORDER BY {order} md5(concat(key, ' ', ?::BIGINT)), key LIMIT ?
+        SELECT key, left(url, 2001), left(caption, 300), numbers, {unsafe(tables)}
+        FROM (SELECT *, [{numbers}] AS numbers, [{listed}] AS cuts FROM rows
+            WHERE kept AND step IS DISTINCT FROM {literal(str(cuts[0]["step"]))})
+        WHERE list_min(list_transform(numbers, {away})) IS NOT NULL
+        ORDER BY list_min(list_transform(numbers, {away})), dice, key LIMIT {each}
     """
-    return [Sample(*row) for row in database.execute(query, [*values, seed, each]).fetchall()]
+    names = list(dict.fromkeys(cut["expression"] for cut in cuts))
+    found = []
+    for key, url, caption, values, blurred in tables.db.execute(query).fetchall():
+        by_name = dict(zip((cut["expression"] for cut in cuts), values, strict=True))
+        told = ", ".join(f"{short_name(name)}={by_name[name]:.5g}" for name in names if by_name[name] is not None)
+        found.append(Sample(key, url, caption, None, told, None, unsafe=blurred))
+    return found
+
+
+def short_name(expression: str) -> str:
+    """An expression without DuckDB's outer brackets and quotes."""
+    return expression.removeprefix("(").removesuffix(")") if expression.startswith("(") else expression
+
+
+def _rows(tables: Tables, condition: str, values: Sequence[str], order: str, each: int) -> list[Sample]:
+    query = f"""
+        SELECT key, left(url, 2001), left(caption, 300), reason, left(value, 300), left(twin, 1000), {unsafe(tables)}
+        FROM rows WHERE {condition} ORDER BY {order} dice, key LIMIT {each}
+    """
+    found = tables.db.execute(query, values).fetchall()
+    return [Sample(*row[:6], unsafe=row[6]) for row in found]
+
+
+def unsafe(tables: Tables) -> str:
+    """SQL of whether a row's picture is to be shown blurred; nothing is where nobody measured it."""
+    return f"coalesce(nsfw >= {UNSAFE}, false)" if "nsfw" in tables.columns() else "false"
 
 
 def _nearest_first(reason: str, constants: Sequence[float]) -> str:
@@ -126,66 +166,88 @@ def _constants(step: Mapping[str, Any]) -> list[float]:
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-def with_pictures(database: duckdb.DuckDBPyConnection, galleries: Sequence[Gallery]) -> list[Gallery]:
-    """The galleries with a picture of each sample that lies in a raw shard, and the facts and picture of its twin."""
-    samples = [sample for gallery in galleries for sample in gallery.samples]
-    twins = _twins(database, {sample.twin for sample in samples if sample.twin})
-    pictures = read_pictures(database, {*twins, *(sample.key for sample in samples)})
+def with_pictures(tables: Tables, galleries: Sequence[Gallery], test_sets: Sequence[str] = ()) -> list[Gallery]:
+    """The galleries with a picture of each sample that lies in a raw shard, and the facts and picture of its twin.
+
+    Args:
+        tables: of the dataset.
+        galleries: what is shown.
+        test_sets: the only files and folders that a test image's picture is read from.
+    """
+    samples = [sample for gallery in galleries for sample in (*gallery.samples, *gallery.passed)]
+    twins = _twins(tables, {sample.twin for sample in samples if sample.twin})
+    pictures = read_pictures(tables, {*twins, *(sample.key for sample in samples)})
 
     def show(sample: Sample) -> Sample:
-        caption, url, fate = twins.get(sample.twin or "", (None, None, None))
+        caption, url, fate, blurred = twins.get(sample.twin or "", (None, None, None, False))
         return replace(
             sample,
             picture=pictures.get(sample.key),
-            twin_picture=pictures.get(sample.twin or ""),
+            twin_picture=pictures.get(sample.twin or "") or test_picture(sample, test_sets),
             twin_caption=caption,
             twin_url=url,
             twin_fate=fate,
+            twin_unsafe=blurred,
         )
 
-    return [replace(gallery, samples=[show(sample) for sample in gallery.samples]) for gallery in galleries]
+    return [
+        replace(gallery, samples=list(map(show, gallery.samples)), passed=list(map(show, gallery.passed)))
+        for gallery in galleries
+    ]
 
 
-def _twins(
-    database: duckdb.DuckDBPyConnection, keys: Iterable[str]
-) -> dict[str, tuple[str | None, str | None, str | None]]:
-    """By key: caption, url, and the step that dropped it, of the keys that are in the ledger."""
-    query = """
-        SELECT key, left(caption, 300), left(url, 2001), CASE WHEN NOT kept THEN step END
-        FROM ledger WHERE key IN (SELECT unnest(?))
+def _twins(tables: Tables, keys: Iterable[str]) -> dict[str, tuple[str | None, str | None, str | None, bool]]:
+    """By key: caption, url, the step that dropped it, and whether it is blurred, of the keys that are in the ledger."""
+    query = f"""
+        SELECT key, left(caption, 300), left(url, 2001), CASE WHEN NOT kept THEN step END, {unsafe(tables)}
+        FROM rows WHERE key IN (SELECT unnest(?))
     """
-    return {key: (caption, url, fate) for key, caption, url, fate in database.execute(query, [sorted(keys)]).fetchall()}
+    return {key: tuple(told) for key, *told in tables.db.execute(query, [sorted(keys)]).fetchall()}
 
 
-def read_pictures(database: duckdb.DuckDBPyConnection, keys: Iterable[str]) -> dict[str, str]:
+def read_pictures(tables: Tables, keys: Iterable[str], side: int = SIDE, quality: int = QUALITY) -> dict[str, str]:
     """By key: the picture as a `data:` URL, of the keys whose image lies in a raw shard and can be read."""
-    if not {"image_offset", "image_size"} <= set(columns(database, "raw")):
+    if not {"image_offset", "image_size"} <= set(tables.columns("raw")):
         return {}
     query = """
         SELECT key, filename, image_offset, image_size FROM raw
         WHERE image_offset IS NOT NULL AND key IN (SELECT unnest(?)) ORDER BY filename, image_offset
     """
-    rows = database.execute(query, [sorted(keys)]).fetchall()
+    rows = tables.db.execute(query, [sorted(keys)]).fetchall()
     tars = sorted({Path(file).with_suffix(".tar") for _, file, _, _ in rows})
     number = {tar: place for place, tar in enumerate(tars)}
     reader, pictures = MemberReader(tars), {}
     try:
         for key, file, offset, length in rows:
-            if small := _read(reader, number[Path(file).with_suffix(".tar")], offset, length):
+            content = _read(reader, number[Path(file).with_suffix(".tar")], offset, length)
+            if content and (small := thumbnail(content, side, quality)):
                 pictures[key] = data_url(small)
     finally:
         reader.close()
     return pictures
 
 
+def test_picture(sample: Sample, test_sets: Sequence[str]) -> str | None:
+    """The picture of the test image that a leak hit, where that is a file of the test sets and still there."""
+    if sample.reason != "decontaminate" or not sample.twin:
+        return None
+    try:
+        path = Path(sample.twin).resolve()
+        allowed = any(path.is_relative_to(Path(named).resolve()) for named in test_sets)
+        small = thumbnail(path.read_bytes()) if allowed and path.is_file() else None
+    except (OSError, ValueError):
+        return None
+    return data_url(small) if small else None
+
+
 def _read(reader: MemberReader, tar: int, offset: int, length: int) -> bytes | None:
     try:
-        return thumbnail(reader.read(tar, offset, length))
+        return reader.read(tar, offset, length)
     except (InputError, OSError):  # raw shards that were moved away after packing: a report without their pictures
         return None
 
 
-def thumbnail(content: bytes, side: int = SIDE) -> bytes | None:
+def thumbnail(content: bytes, side: int = SIDE, quality: int = QUALITY) -> bytes | None:
     """A JPEG of at most `side` pixels on its longer side, white where it is transparent, without any metadata.
 
     None for bytes that are not an image that Pillow can read.
@@ -203,7 +265,7 @@ def thumbnail(content: bytes, side: int = SIDE) -> bytes | None:
     flat = Image.new("RGB", pixels.size, "white")
     flat.paste(pixels, mask=pixels.getchannel("A"))
     written = io.BytesIO()
-    flat.save(written, "JPEG", quality=QUALITY, optimize=True)
+    flat.save(written, "JPEG", quality=quality, optimize=True)
     return written.getvalue()
 
 

@@ -18,7 +18,7 @@ class Page(HTMLParser):
     source: str
     tags: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
-    blocks: dict[str, list[str]] = field(default_factory=lambda: {"style": [], "script": []})
+    blocks: dict[str, list[str]] = field(default_factory=lambda: {"style": [], "script": [], "data": []})
 
     def __post_init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -30,8 +30,9 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
         if tag in self.blocks:
-            self._inside.append(tag)
-            self.blocks[tag].append("")
+            kind = "data" if dict(attributes).get("type") == "application/json" else tag
+            self._inside.append(kind)
+            self.blocks[kind].append("")
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -54,13 +55,15 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
     def assert_inert(self) -> None:
-        """One style and one script, named by the policy; no other way to run, load or leave but marked links."""
+        """One style and one script, named by the policy, and data; no other way to run or load, only marked links."""
         assert len(self.blocks["style"]) == len(self.blocks["script"]) == 1
+        assert {kind for kind in (script.get("type") for script in self.all("script")) if kind} <= {"application/json"}
         policy = next(
             meta["content"] for meta in self.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"
         )
         assert policy.startswith("default-src 'none'; img-src data:; ")
-        for kind, (source,) in self.blocks.items():
+        for kind in ("style", "script"):
+            (source,) = self.blocks[kind]
             digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
             assert f"{kind}-src 'sha256-{digest}'" in policy
         assert "url(" not in self.blocks["style"][0]

@@ -34,7 +34,7 @@ CONFIG: dict[str, Any] = {
 
 PLAN = pa.schema(
     {"key": pa.string(), "row": pa.int64(), "url": pa.string(), "caption": pa.string(), "url_host": pa.string()}
-    | {"caption_chars": pa.int64(), "caption_words": pa.int64()}
+    | {"caption_chars": pa.int64(), "caption_words": pa.int64(), "license": pa.string()}
 )
 DROPPED = pa.schema([*PLAN, *(pa.field(name, pa.string()) for name in ("step", "reason", "value", "twin"))])
 RAW = pa.schema(

@@ -114,5 +114,5 @@ def test_lines_leave_out_what_is_not_finite_and_draw_a_single_point():
 )
 def test_charts_are_well_formed_and_inert_whatever_the_text(svg):
     names = {element.tag for element in ET.fromstring(svg).iter()}
-    assert names <= {"svg", "rect", "title", "line", "text", "polyline", "circle"}
+    assert names <= {"svg", "g", "rect", "title", "line", "text", "polyline", "circle"}
     assert "style=" not in svg

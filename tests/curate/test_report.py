@@ -14,7 +14,6 @@ import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,15 +24,15 @@ from curate.config import ReportConfig
 from curate.errors import InputError
 from curate.html import MAX_BYTES
 from curate.ledger import Reason
-from curate.report.card import size_category
 from curate.report.definitions import DEFINITIONS, limits
-from curate.report.figures import BINS, bin_edges, describe
+from curate.report.distributions import BINS, bin_edges
+from curate.report.figures import describe
 from curate.report.samples import SIDE, thumbnail
 from curate.shards import write_parquet
 from tests.curate.pages import Page
 from tests.curate.report_folder import CONFIG, FILTERS, Row, example_rows, jpeg, write_folder
 
-WRITTEN = ("report.html", "README.md", "report.json", "manifest.json")
+WRITTEN = ("report.html", "README.md", "report.json", "croissant.json", "manifest.json")
 NASTY = (
     '"><script>alert(1)</script><img src=x onerror=alert(2)>\u202egpj.exe\x00\x1b[0m {{ 7*7 }} </style></script> `x`|'
 )
@@ -141,9 +140,11 @@ def test_the_numbers_on_the_page_are_those_of_the_ledger(tmp_path_factory, fates
 
 
 def test_histograms_hold_every_judged_row_once(folder, figures):
-    drawn = figures["distributions"]
+    drawn = dict(figures["distributions"])
     ((judged,),) = ask(f"SELECT count(*) FROM '{folder}/ledger.parquet' WHERE kept OR stage = 'select'")
+    scores = drawn.pop("relevance on_topic")  # the ledger has it of what did not pass, dropped or in retain
     assert set(drawn) == {"short_side", "aspect", "caption_words", "clip_score"}
+    assert (sum(scores["kept"]), sum(scores["dropped"])) == (24, 36)
     for name, figure in drawn.items():
         extra = 9 if name == "caption_words" else 0  # captions that a filter dropped before the download
         assert sum(figure["kept"]) == figures["kept"], name
@@ -188,8 +189,8 @@ def test_hosts_tell_how_many_images_came_and_what_went_wrong_most(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["hosts"] == {
         "hosts": 2,
         "top": [
-            {"host": "bad.example", "rows": 4, "images": 0, "worst": "timeout"},
-            {"host": "good.example", "rows": 3, "images": 3, "worst": None},
+            {"host": "bad.example", "rows": 4, "images": 0, "kept": 0, "worst": "timeout"},
+            {"host": "good.example", "rows": 3, "images": 3, "kept": 3, "worst": None},
         ],
     }
 
@@ -290,7 +291,9 @@ def test_each_split_shows_its_pairs_and_each_step_what_it_dropped(page):
     assert gallery(page, "train").count("<img") == 12
     assert gallery(page, "retain").count("<img") == 12
     for step in ("min_side", "on_topic", "aligned"):
-        assert gallery(page, step).count("<img") == 12
+        dropped, _, kept = gallery(page, step).partition("<h4>Kept, nearest the threshold</h4>")
+        assert dropped.count("<img") == 12
+        assert kept.count("<img") == (0 if step == "on_topic" else 12)  # of what passed it the ledger has no score
     assert "too_many_pixels" in gallery(page, "fetch") + "".join(row[1] for row in page.rows if len(row) == 5)
     assert gallery(page, "fetch").count("<tr") == 13  # no pictures of what never came: a table
 
@@ -440,64 +443,6 @@ def test_limits_follow_the_filters():
     assert "Licences" in full
 
 
-# --- data card -------------------------------------------------------------------------------------------------------
-
-
-def test_the_cards_header_names_files_that_are_there_with_their_counts(folder, figures):
-    card = (folder / "README.md").read_text("utf-8")
-    header = yaml.safe_load(card.split("---\n")[1])
-    assert header["license"] == "unknown"
-    assert header["size_categories"] == ["n<1K"]
-    told = {
-        config["config_name"]: {f["split"]: f["path"] for f in config["data_files"]} for config in header["configs"]
-    }
-    assert {name: list(splits) for name, splits in told.items()} == {
-        "default": ["train", "validation", "test"],
-        "retain": ["train"],
-    }
-    sizes = {(i["config_name"], s["name"]): s for i in header["dataset_info"] for s in i["splits"]}
-    for name, splits in told.items():
-        for split, pattern in splits.items():
-            tars = list(folder.glob(pattern))
-            samples = sum(ask(f"SELECT count(*) FROM '{tar.with_suffix('.parquet')}'")[0][0] for tar in tars)
-            assert tars
-            assert sizes[name, split]["num_examples"] == samples
-            assert sizes[name, split]["num_bytes"] == sum(tar.stat().st_size for tar in tars)
-
-
-def test_the_card_has_the_funnel_the_reasons_and_an_honest_licence(folder, figures):
-    card = (folder / "README.md").read_text("utf-8")
-    for step in figures["funnel"]:
-        assert f"{step['step']}".replace("_", "\\_") in card
-    assert "| `dedup` | A duplicate of a pair that is kept; the twin says which. | 12 |" in card
-    assert "**has not been determined**" in card
-
-
-def test_what_a_person_wrote_in_the_card_stays(folder, tmp_path):
-    out = tmp_path / "copy"
-    shutil.copytree(folder, out)
-    card = (out / "README.md").read_text("utf-8")
-    (out / "README.md").write_text(card.replace("**has not been determined**", "is ours"), "utf-8")
-    report.run(out, ReportConfig(title="Renamed"), CONFIG, seed=3)
-    card = (out / "README.md").read_text("utf-8")
-    assert "# Renamed" in card
-    assert "is ours" in card
-    assert "not been determined" not in card
-
-
-def test_a_filter_cannot_close_the_cards_code_block(tmp_path):
-    make(tmp_path, [Row("a" * 20)], {**CONFIG, "filters": [{"name": "x", "where": "caption <> '````'"}]})
-    assert "\n`````yaml\n" in (tmp_path / "README.md").read_text("utf-8")
-
-
-@pytest.mark.parametrize(
-    ("samples", "name"),
-    [(0, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (999_999, "100K<n<1M"), (10**9, "1B<n<10B"), (10**13, "n>1T")],
-)
-def test_size_categories_are_those_of_the_hub(samples, name):
-    assert size_category(samples) == name
-
-
 # --- manifest --------------------------------------------------------------------------------------------------------
 
 
@@ -604,7 +549,7 @@ def test_without_a_report_the_summary_names_the_way_out(tmp_path):
 def test_the_page_of_many_rows_is_hardly_larger_than_that_of_few(tmp_path):
     rng = random.Random(0)
     sizes = []
-    for number in (200, 10_000):
+    for number in (2_500, 10_000):
         rows = [
             Row(f"{n:020x}", f"caption {rng.random()}", stage=None if n % 2 else "fetch", step="fetch", reason="dns")
             for n in range(number)

@@ -1,0 +1,148 @@
+"""The dataset's files as tables that the report's figures are counted from, and the SQL that counted each of them.
+
+Every query runs over `ledger`, `raw` or `rows`, and is kept under its figure's name, so that `report.json` can tell a
+reader how to get the same number from the files: `TABLES` and `ROWS` there are what ran here, with the files' names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from curate.config import SelectConfig
+from curate.database import SPILL, column_types, connect, create_in_parts, enough_memory, files, parts, quoted
+from curate.errors import InputError
+
+if TYPE_CHECKING:
+    import duckdb
+
+# What is read of each stage's files beside what the filters name.
+COLUMNS = {
+    "planned": ("key", "caption_words", "license", "licence", "rights"),
+    "raw": (
+        *("key", "url_host", "status", "reason", "original_width", "original_height", "aspect", "http_status"),
+        *("entropy", "blur", "image_offset", "image_size", "filename"),
+    ),
+    "signals": ("key", "clip_score", "language", "language_confidence", "nsfw"),
+}
+LICENCES = ("license", "licence", "rights")
+EMBEDDING = "image_embedding"
+
+
+@dataclass
+class Tables:
+    """A locked database with view `ledger` and tables `raw` and `rows`.
+
+    Attributes:
+        db: `rows` has a line for each row of the ledger, with its plan's, raw shard's and signals' columns beside it,
+            and `dice`, a seeded random number.
+        sql: name of a figure → the query that counted it.
+        views: name → the statement that makes it from the dataset's folder.
+        embedded: the files with image embeddings.
+    """
+
+    db: duckdb.DuckDBPyConnection
+    sql: dict[str, str] = field(default_factory=dict)
+    views: dict[str, str] = field(default_factory=dict)
+    embedded: list[Path] = field(default_factory=list)
+
+    def ask(self, figure: str, query: str) -> list[tuple[Any, ...]]:
+        """The result of a query, which is remembered as where the figure comes from."""
+        query = " ".join(query.split())
+        self.sql[figure] = query
+        return list(self.db.execute(query).fetchall())
+
+    def columns(self, table: str = "rows") -> dict[str, str]:
+        """Name → DuckDB type of the columns of a table; none if it is not there."""
+        found = self.db.execute(
+            "SELECT column_name, data_type FROM duckdb_columns() WHERE table_name = ? ORDER BY column_index", [table]
+        ).fetchall()
+        return dict(found)
+
+
+@contextmanager
+def open_tables(out: Path, engine: SelectConfig, wanted: Sequence[str], seed: int) -> Iterator[Tables]:
+    """The tables of a dataset folder, within the memory that `engine` allows; beyond it they spill to disk.
+
+    Args:
+        out: the dataset folder.
+        engine: limits of the database.
+        wanted: columns to load, beside those the report always shows.
+        seed: of `dice`.
+
+    Raises:
+        InputError: no ledger: nothing was selected yet.
+        ConfigError: memory_limit is too small.
+    """
+    ledger = out / "ledger.parquet"
+    if not ledger.exists():
+        raise InputError(f"{ledger}: not there; run 'curate build' or 'curate select' on {out} first")
+    sources = _sources(out)
+    folders = sorted({path.parent for some in sources.values() for path in some})
+    with (
+        enough_memory(engine.memory_limit),
+        connect(engine.memory_limit, engine.threads, out / SPILL, [ledger, *folders]) as db,
+    ):
+        tables = Tables(db)
+        db.execute(f"CREATE VIEW ledger AS FROM read_parquet({files([ledger])})")
+        tables.views["ledger"] = "CREATE VIEW ledger AS FROM read_parquet('ledger.parquet')"
+        for name, some in sources.items():
+            _load(tables, out, name, some, wanted)
+        _join(tables, [name for name in sources if name != "planned"], seed)
+        yield tables
+
+
+def _sources(out: Path) -> dict[str, list[Path]]:
+    """The files of each table, as far as they are there: planned, raw, and each group of signals."""
+    found = {
+        "planned": [*numbered(out / "plan"), *(out / "plan").glob("dropped.parquet")],
+        "raw": numbered(out / "raw"),
+    }
+    for folder in [out / "signals", *sorted(path for path in (out / "signals").glob("*") if path.is_dir())]:
+        found["signals" if folder == out / "signals" else f"signals_{folder.name}"] = numbered(folder)
+    return {name: some for name, some in found.items() if some}
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The Parquet files of a stage, `00000.parquet` …, sorted."""
+    return sorted(path for path in folder.glob("*.parquet") if path.stem.isdigit())
+
+
+def _load(tables: Tables, out: Path, name: str, some: list[Path], wanted: Sequence[str]) -> None:
+    there = column_types(tables.db, f"read_parquet({files(some[:1])}, filename = true)")
+    always = COLUMNS[name.partition("_")[0]]
+    named = {column.lower() for column in wanted}
+    chosen = [column for column in there if column in always or column.lower() in named]
+    if name.startswith("signals_"):  # a user's own group: all its numbers and words can be shown
+        chosen = [column for column, kind in there.items() if column != "filename" and not kind.endswith("]")]
+    listed = ", ".join(quoted(column) for column in chosen)
+    queries = (f"SELECT {listed} FROM read_parquet({files(part)}, filename = true)" for part in parts(some))
+    create_in_parts(tables.db, name, queries)
+    pattern = (some[0].parent.relative_to(out) / "*.parquet").as_posix()
+    tables.views[name] = (
+        f"CREATE VIEW {quoted(name)} AS SELECT {listed} "
+        f"FROM read_parquet('{pattern}', filename = true, union_by_name = true)"
+    )
+    if EMBEDDING in there:
+        tables.embedded = some
+
+
+def _join(tables: Tables, names: Sequence[str], seed: int) -> None:
+    """Make `rows`; a column that two tables have is the ledger's, then the plan's, then the raw shard's."""
+    taken = {name.lower() for name in column_types(tables.db, "ledger")}
+    chosen, joined = ["ledger.*", f"md5_number_lower('{seed} ' || ledger.key) AS dice"], []
+    for name in ["planned", *names]:
+        fresh = [column for column in tables.columns(name) if column.lower() not in {*taken, "filename", "dice"}]
+        if name in tables.views:
+            chosen += [f"{quoted(name)}.{quoted(column)}" for column in fresh]
+            joined.append(f"LEFT JOIN {quoted(name)} USING (key)")
+            taken |= {column.lower() for column in fresh}
+    select = f"SELECT {', '.join(chosen)} FROM ledger {' '.join(joined)}"
+    tables.views["rows"] = f"CREATE VIEW rows AS {select}"
+    tables.db.execute(f"CREATE TABLE rows AS {select}")
+    for name in ["planned", *names]:
+        if name in tables.views and name != "raw":
+            tables.db.execute(f"DROP TABLE {quoted(name)}")
