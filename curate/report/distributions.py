@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from curate.charts import nice_step
+from curate.database import quoted
 from curate.report.tables import Tables
 from curate.report.thresholds import Threshold, as_double, find_thresholds, normal, score_of, what_if
 
@@ -32,7 +33,8 @@ KNOWN = (
     Drawn("caption_words", "Caption length", "words", "caption_words"),
     Drawn("clip_score", "CLIP score (cosine of image and caption)", "", "clip_score"),
     Drawn("nsfw", "Probability of unsafe content", "", "nsfw"),
-    Drawn("language_confidence", "Confidence in the language", "", "language_confidence"),
+    Drawn("language_score", "How sure the language is", "", "language_score"),
+    Drawn("letter_share", "Share of letters in the caption", "", "letter_share"),
     Drawn("entropy", "Entropy of the brightness", "bits", "entropy"),
     Drawn("blur", "Sharpness (variance of the Laplacian)", "", "blur"),
 )
@@ -58,9 +60,10 @@ def _known(tables: Tables) -> list[Drawn]:
     """The usual ones whose columns are there, as DuckDB writes them."""
     there = set(tables.columns())
     needs = {"short_side": {"original_width", "original_height"}}
+    own = [Drawn(name, name, "", quoted(name)) for name in tables.own]
     return [
         Drawn(drawn.name, drawn.title, drawn.unit, normal(tables.db, drawn.expression))
-        for drawn in KNOWN
+        for drawn in [*KNOWN, *own]
         if needs.get(drawn.name, {drawn.name}) <= there
     ]
 

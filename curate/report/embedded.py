@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from curate.html import linkable, visible
 from curate.report.distributions import JUDGED, bin_of
 from curate.report.samples import read_pictures, unsafe
-from curate.report.tables import EMBEDDING, Tables
+from curate.report.tables import Tables
 from curate.report.thresholds import as_double
+from curate.signals import EMBEDDINGS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -147,12 +148,12 @@ def _vectors(path: Path, tables: Tables, most: int) -> tuple[list[str], np.ndarr
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path, columns=["key", EMBEDDING])
-    table = table.filter(pc.is_valid(table[EMBEDDING]))
+    table = pq.read_table(path, columns=["key", EMBEDDINGS[0]])
+    table = table.filter(pc.is_valid(table[EMBEDDINGS[0]]))
     query = "SELECT key FROM rows WHERE key IN (SELECT unnest(?)) ORDER BY dice, key LIMIT ?"
     keys = [key for (key,) in tables.db.execute(query, [table["key"].to_pylist(), most]).fetchall()]
     table = table.take(pc.index_in(pa.array(keys, pa.string()), table["key"].combine_chunks())).combine_chunks()
-    flat = pc.list_flatten(table[EMBEDDING]).to_numpy(zero_copy_only=False).astype(np.float64)
+    flat = pc.list_flatten(table[EMBEDDINGS[0]]).to_numpy(zero_copy_only=False).astype(np.float64)
     return keys, flat.reshape(len(keys), -1) if keys else flat.reshape(0, 0)
 
 

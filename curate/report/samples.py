@@ -136,7 +136,7 @@ def _rows(tables: Tables, condition: str, values: Sequence[str], order: str, eac
         FROM rows WHERE {condition} ORDER BY {order} dice, key LIMIT {each}
     """
     found = tables.db.execute(query, values).fetchall()
-    return [Sample(*told, unsafe=blurred) for *told, blurred in found]
+    return [replace(Sample(*told), unsafe=blurred) for *told, blurred in found]
 
 
 def unsafe(tables: Tables) -> str:

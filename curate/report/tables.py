@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from curate.config import SelectConfig
 from curate.database import SPILL, column_types, connect, create_in_parts, enough_memory, files, parts, quoted
 from curate.errors import InputError
+from curate.signals import EMBEDDINGS, GROUPS, files_of, groups_there
 
 if TYPE_CHECKING:
     import duckdb
@@ -26,10 +27,10 @@ COLUMNS = {
         *("key", "url_host", "status", "reason", "original_width", "original_height", "aspect", "http_status"),
         *("entropy", "blur", "image_offset", "image_size", "filename"),
     ),
-    "signals": ("key", "clip_score", "language", "language_confidence", "nsfw"),
+    "signals": ("key", "clip_score", "language", "language_score", "letter_share", "nsfw"),
 }
 LICENCES = ("license", "licence", "rights")
-EMBEDDING = "image_embedding"
+NUMBERS = ("INTEGER", "BIGINT", "FLOAT", "DOUBLE")
 
 
 @dataclass
@@ -42,12 +43,14 @@ class Tables:
         sql: name of a figure → the query that counted it.
         views: name → the statement that makes it from the dataset's folder.
         embedded: the files with image embeddings.
+        own: the columns of the user's own signals that are numbers.
     """
 
     db: duckdb.DuckDBPyConnection
     sql: dict[str, str] = field(default_factory=dict)
     views: dict[str, str] = field(default_factory=dict)
     embedded: list[Path] = field(default_factory=list)
+    own: list[str] = field(default_factory=list)
 
     def ask(self, figure: str, query: str) -> list[tuple[Any, ...]]:
         """The result of a query, which is remembered as where the figure comes from."""
@@ -101,8 +104,7 @@ def _sources(out: Path) -> dict[str, list[Path]]:
         "planned": [*numbered(out / "plan"), *(out / "plan").glob("dropped.parquet")],
         "raw": numbered(out / "raw"),
     }
-    for folder in [out / "signals", *sorted(path for path in (out / "signals").glob("*") if path.is_dir())]:
-        found["signals" if folder == out / "signals" else f"signals_{folder.name}"] = numbered(folder)
+    found |= {f"signals_{group}": files_of(out, group) for group in groups_there(out)}
     return {name: some for name, some in found.items() if some}
 
 
@@ -113,11 +115,13 @@ def numbered(folder: Path) -> list[Path]:
 
 def _load(tables: Tables, out: Path, name: str, some: list[Path], wanted: Sequence[str]) -> None:
     there = column_types(tables.db, f"read_parquet({files(some[:1])}, filename = true)")
-    always = COLUMNS[name.partition("_")[0]]
-    named = {column.lower() for column in wanted}
-    chosen = [column for column in there if column in always or column.lower() in named]
-    if name.startswith("signals_"):  # a user's own group: all its numbers and words can be shown
-        chosen = [column for column, kind in there.items() if column != "filename" and not kind.endswith("]")]
+    stage, _, group = name.partition("_")
+    always, named = set(COLUMNS[stage]), {column.lower() for column in wanted}
+    if group and group not in GROUPS:  # a signal of the user's own: each of its numbers is shown
+        own = [column for column, kind in there.items() if kind in NUMBERS]
+        tables.own += own
+        always = {"key", *own}
+    chosen = [column for column in there if column in always or (column.lower() in named and column not in EMBEDDINGS)]
     listed = ", ".join(quoted(column) for column in chosen)
     queries = (f"SELECT {listed} FROM read_parquet({files(part)}, filename = true)" for part in parts(some))
     create_in_parts(tables.db, name, queries)
@@ -126,7 +130,7 @@ def _load(tables: Tables, out: Path, name: str, some: list[Path], wanted: Sequen
         f"CREATE VIEW {quoted(name)} AS SELECT {listed} "
         f"FROM read_parquet('{pattern}', filename = true, union_by_name = true)"
     )
-    if EMBEDDING in there:
+    if EMBEDDINGS[0] in there:
         tables.embedded = some
 
 

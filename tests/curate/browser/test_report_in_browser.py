@@ -32,16 +32,19 @@ def out(tmp_path_factory) -> Path:
     fetched = [row for row in rows if row.fetched]
     rng = np.random.default_rng(0)
     vectors = [vector.astype(np.float16) for vector in rng.normal(size=(len(fetched), 16))]
-    signals = pa.table(
-        {
-            "key": [row.key for row in fetched],
+    keys = [row.key for row in fetched]
+    groups = {
+        "clip": {
             "clip_score": pa.array([row.clip_score for row in fetched], pa.float32()),
             "image_embedding": pa.array(vectors, pa.list_(pa.float16())),
-            "language": ["ja" if n == 0 else "en" for n, _ in enumerate(fetched)],
-            "nsfw": [0.9 if n % 10 == 0 else 0.1 for n, _ in enumerate(fetched)],
-        }
-    )
-    write_parquet(signals, folder / "signals" / "00000.parquet", made_from="raw")
+        },
+        "text": {"language": ["ja" if n == 0 else "en" for n, _ in enumerate(fetched)]},
+        "safety": {"nsfw": pa.array([0.9 if n % 10 == 0 else 0.1 for n, _ in enumerate(fetched)], pa.float32())},
+        "mine": {"sharp": [float(n % 7) for n, _ in enumerate(fetched)], "note": ["x"] * len(fetched)},
+    }
+    for group, columns in groups.items():
+        table = pa.table({"key": keys, **columns})
+        write_parquet(table, folder / "signals" / group / "00000.parquet", made_from="raw")
     filters = [*FILTERS, {"name": HOSTILE, "where": "true"}]
     report.run(folder, ReportConfig(title="Handwritten digits"), {**CONFIG, "filters": filters}, seed=3)
     return folder
@@ -178,6 +181,11 @@ def test_rows_are_searched_filtered_and_sorted(page, figures, out):
     assert len(shown(page)) == 1
     page.run("document.getElementById('search').value = 'no such words'; explore({})")
     assert shown(page) == []
+
+
+def test_signals_of_ones_own_are_drawn_as_well(page, figures):
+    assert figures["distributions"]["sharp"]["kept"][0] > 0
+    assert "sharp" in page.run("[...document.querySelectorAll('.drawn h3')].map(h => h.textContent)")
 
 
 def test_the_funnel_on_the_page_adds_up(page, figures):
