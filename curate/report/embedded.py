@@ -90,7 +90,7 @@ def _keys(tables: Tables, drawn: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _facts(tables: Tables, keys: Sequence[str], drawn: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     there = tables.columns()
-    text = {"url": 300, "caption": LONGEST, "reason": 80, "value": 120, "twin": 120, "step": 80, "duplicate_group": 60}
+    text = {"reason": 80, "value": 120, "twin": 120, "step": 80}
     texts = [f"left({column}, {length})" for column, length in text.items()]
     numbers = [as_double(tables, figure["expression"]) for figure in drawn]
     bins = [
@@ -105,8 +105,9 @@ def _facts(tables: Tables, keys: Sequence[str], drawn: Sequence[Mapping[str, Any
         FROM rows WHERE key IN (SELECT unnest(?)) ORDER BY "row", key
     """
     names = ("key", "row", "split", "stage", "unsafe", "host", "language", *text, "values", "bins")
-    found = tables.db.execute(query, [list(keys)]).fetchall()
-    return [_row(dict(zip(names, row, strict=True))) for row in found]
+    found = [dict(zip(names, row, strict=True)) for row in tables.db.execute(query, [list(keys)]).fetchall()]
+    words = tables.texts(keys, 300, LONGEST)
+    return [_row({**told, **dict(zip(("url", "caption"), words[told["key"]], strict=True))}) for told in found]
 
 
 def _row(told: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def choose(
     filters: Sequence[dict[str, Any]],
     each: int,
 ) -> list[Gallery]:
-    """The galleries, kept first, then the steps as in the funnel: `each` samples at most, without pictures."""
+    """The galleries, kept first, then the steps as in the funnel: `each` samples at most, without text and pictures."""
     galleries = [
         Gallery("kept", split, number, None, _rows(tables, "kept AND split = ?", [split], "", each))
         for split, number in figures["splits"].items()
@@ -110,7 +110,7 @@ def _passed(tables: Tables, cuts: Sequence[Mapping[str, Any]], each: int) -> lis
     listed = ", ".join(f"{cut['value']!r}::DOUBLE" for cut in cuts)
     away = "lambda x, place: abs(x - cuts[place]) / greatest(abs(cuts[place]), 1e-9)"
     query = f"""
-        SELECT key, left(url, 2001), left(caption, 300), numbers, {unsafe(tables)}
+        SELECT key, numbers, {unsafe(tables)}
         FROM (SELECT *, [{numbers}] AS numbers, [{listed}] AS cuts FROM rows
             WHERE kept AND step IS DISTINCT FROM {literal(str(cuts[0]["step"]))})
         WHERE list_min(list_transform(numbers, {away})) IS NOT NULL
@@ -118,10 +118,10 @@ def _passed(tables: Tables, cuts: Sequence[Mapping[str, Any]], each: int) -> lis
     """
     names = list(dict.fromkeys(cut["expression"] for cut in cuts))
     found = []
-    for key, url, caption, values, blurred in tables.db.execute(query).fetchall():
+    for key, values, blurred in tables.db.execute(query).fetchall():
         by_name = dict(zip((cut["expression"] for cut in cuts), values, strict=True))
         told = ", ".join(f"{short_name(name)}={by_name[name]:.5g}" for name in names if by_name[name] is not None)
-        found.append(Sample(key, url, caption, None, told, None, unsafe=blurred))
+        found.append(Sample(key, None, None, None, told, None, unsafe=blurred))
     return found
 
 
@@ -132,7 +132,7 @@ def short_name(expression: str) -> str:
 
 def _rows(tables: Tables, condition: str, values: Sequence[str], order: str, each: int) -> list[Sample]:
     query = f"""
-        SELECT key, left(url, 2001), left(caption, 300), reason, left(value, 300), left(twin, 1000), {unsafe(tables)}
+        SELECT key, NULL, NULL, reason, left(value, 300), left(twin, 1000), {unsafe(tables)}
         FROM rows WHERE {condition} ORDER BY {order} dice, key LIMIT {each}
     """
     found = tables.db.execute(query, values).fetchall()
@@ -167,7 +167,7 @@ def _constants(step: Mapping[str, Any]) -> list[float]:
 
 
 def with_pictures(tables: Tables, galleries: Sequence[Gallery], test_sets: Sequence[str] = ()) -> list[Gallery]:
-    """The galleries with a picture of each sample that lies in a raw shard, and the facts and picture of its twin.
+    """The galleries with URL, caption and picture of each sample, and those of its twin.
 
     Args:
         tables: of the dataset.
@@ -176,16 +176,21 @@ def with_pictures(tables: Tables, galleries: Sequence[Gallery], test_sets: Seque
     """
     samples = [sample for gallery in galleries for sample in (*gallery.samples, *gallery.passed)]
     twins = _twins(tables, {sample.twin for sample in samples if sample.twin})
-    pictures = read_pictures(tables, {*twins, *(sample.key for sample in samples)})
+    texts = tables.texts({*twins, *(sample.key for sample in samples)}, 2001, 300)
+    pictures = read_pictures(tables, texts)
 
     def show(sample: Sample) -> Sample:
-        caption, url, fate, blurred = twins.get(sample.twin or "", (None, None, None, False))
+        url, caption = texts.get(sample.key, (None, None))
+        twin_url, twin_caption = texts.get(sample.twin or "", (None, None))
+        fate, blurred = twins.get(sample.twin or "", (None, False))
         return replace(
             sample,
+            url=url,
+            caption=caption,
             picture=pictures.get(sample.key),
             twin_picture=pictures.get(sample.twin or "") or test_picture(sample, test_sets),
-            twin_caption=caption,
-            twin_url=url,
+            twin_caption=twin_caption,
+            twin_url=twin_url,
             twin_fate=fate,
             twin_unsafe=blurred,
         )
@@ -196,13 +201,12 @@ def with_pictures(tables: Tables, galleries: Sequence[Gallery], test_sets: Seque
     ]
 
 
-def _twins(tables: Tables, keys: Iterable[str]) -> dict[str, tuple[str | None, str | None, str | None, bool]]:
-    """By key: caption, url, the step that dropped it, and whether it is blurred, of the keys that are in the ledger."""
+def _twins(tables: Tables, keys: Iterable[str]) -> dict[str, tuple[str | None, bool]]:
+    """By key: the step that dropped it, and whether it is blurred, of the keys that are in the ledger."""
     query = f"""
-        SELECT key, left(caption, 300), left(url, 2001), CASE WHEN NOT kept THEN step END, {unsafe(tables)}
-        FROM rows WHERE key IN (SELECT unnest(?))
+        SELECT key, CASE WHEN NOT kept THEN step END, {unsafe(tables)} FROM rows WHERE key IN (SELECT unnest(?))
     """
-    return {key: tuple(told) for key, *told in tables.db.execute(query, [sorted(keys)]).fetchall()}
+    return {key: (fate, blurred) for key, fate, blurred in tables.db.execute(query, [sorted(keys)]).fetchall()}
 
 
 def read_pictures(tables: Tables, keys: Iterable[str], side: int = SIDE, quality: int = QUALITY) -> dict[str, str]:

@@ -6,7 +6,7 @@ reader how to get the same number from the files: `TABLES` and `ROWS` there are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ COLUMNS = {
     "signals": ("key", "clip_score", "language", "language_score", "letter_share", "nsfw"),
 }
 LICENCES = ("license", "licence", "rights")
+TEXTS = ("url", "caption", "duplicate_group")
 NUMBERS = ("INTEGER", "BIGINT", "FLOAT", "DOUBLE")
 
 
@@ -38,8 +39,8 @@ class Tables:
     """A locked database with view `ledger` and tables `raw` and `rows`.
 
     Attributes:
-        db: `rows` has a line for each row of the ledger, with its plan's, raw shard's and signals' columns beside it,
-            and `dice`, a seeded random number.
+        db: `rows` has a line for each row of the ledger, without its long texts, with its plan's, raw shard's and
+            signals' columns beside it, and `dice`, a seeded random number.
         sql: name of a figure → the query that counted it.
         views: name → the statement that makes it from the dataset's folder.
         embedded: the files with image embeddings.
@@ -57,6 +58,11 @@ class Tables:
         query = " ".join(query.split())
         self.sql[figure] = query
         return list(self.db.execute(query).fetchall())
+
+    def texts(self, keys: Iterable[str], url: int, caption: int) -> dict[str, tuple[str | None, str | None]]:
+        """By key: the ledger's URL and caption, cut to these lengths, of those of the keys that it has."""
+        query = f"SELECT key, left(url, {url}), left(caption, {caption}) FROM ledger WHERE key IN (SELECT unnest(?))"
+        return {key: (found, text) for key, found, text in self.db.execute(query, [sorted(keys)]).fetchall()}
 
     def columns(self, table: str = "rows") -> dict[str, str]:
         """Name → DuckDB type of the columns of a table; none if it is not there."""
@@ -94,7 +100,7 @@ def open_tables(out: Path, engine: SelectConfig, wanted: Sequence[str], seed: in
         tables.views["ledger"] = "CREATE VIEW ledger AS FROM read_parquet('ledger.parquet')"
         for name, some in sources.items():
             _load(tables, out, name, some, wanted)
-        _join(tables, [name for name in sources if name != "planned"], seed)
+        _join(tables, [name for name in sources if name != "planned"], wanted, seed)
         yield tables
 
 
@@ -134,10 +140,17 @@ def _load(tables: Tables, out: Path, name: str, some: list[Path], wanted: Sequen
         tables.embedded = some
 
 
-def _join(tables: Tables, names: Sequence[str], seed: int) -> None:
-    """Make `rows`; a column that two tables have is the ledger's, then the plan's, then the raw shard's."""
-    taken = {name.lower() for name in column_types(tables.db, "ledger")}
-    chosen, joined = ["ledger.*", f"md5_number_lower('{seed} ' || ledger.key) AS dice"], []
+def _join(tables: Tables, names: Sequence[str], wanted: Sequence[str], seed: int) -> None:
+    """Make `rows`; a column that two tables have is the ledger's, then the plan's, then the raw shard's.
+
+    Its long texts stay in the ledger, unless a filter names them: they are most of its bytes, and few are shown.
+    """
+    ledger = list(column_types(tables.db, "ledger"))
+    taken = {name.lower() for name in ledger}
+    named = {column.lower() for column in wanted}
+    chosen = [f"ledger.{quoted(name)}" for name in ledger if name not in TEXTS or name in named]
+    chosen.append(f"md5_number_lower('{seed} ' || ledger.key) AS dice")
+    joined = []
     for name in ["planned", *names]:
         fresh = [column for column in tables.columns(name) if column.lower() not in {*taken, "filename", "dice"}]
         if name in tables.views:

@@ -20,7 +20,7 @@ from curate.html import MAX_BYTES
 from curate.ledger import ledger_schema
 from curate.report.embedded import principal
 from curate.report.tables import open_tables
-from curate.report.thresholds import FINE, find_thresholds, fine_edges
+from curate.report.thresholds import FINE, find_thresholds, fine_edges, named_columns
 from curate.shards import write_parquet
 from tests.curate.pages import Page
 from tests.curate.report_folder import CONFIG, PLAN, Row, example_rows, jpeg, write_folder
@@ -77,8 +77,9 @@ def figures(folder) -> dict:
     ],
 )
 def test_thresholds_are_read_from_an_expression(folder, where, expected):
-    with open_tables(folder, SelectConfig(), ["aspect"], 0) as tables:
-        found = find_thresholds(tables, [{"name": "x", "where": where}])
+    filters = [{"name": "x", "where": where}]
+    with open_tables(folder, SelectConfig(), named_columns(filters), 0) as tables:
+        found = find_thresholds(tables, filters)
     told = [(t.expression, t.operator, t.value, t.rest) for t in found]
     assert [tuple(map(bare, threshold)) for threshold in told] == [
         tuple(map(bare, threshold)) for threshold in expected
