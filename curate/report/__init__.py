@@ -118,16 +118,16 @@ def _json(data: Mapping[str, Any]) -> str:
 def _page(
     figures: Mapping[str, Any], galleries: Sequence[Gallery], rows: Sequence[dict[str, Any]], facts: Mapping[str, Any]
 ) -> str:
-    """The page; with half the samples in each gallery, and half again, until it is small enough."""
+    """The page; with half the samples in each gallery and every second row, and again, until it is small enough."""
     each = max((len(gallery.samples) for gallery in galleries), default=0)
     while True:
         shown = [gallery.at_most(each) for gallery in galleries]
         there = _pictures(shown)
         data = _data(figures, rows, there)
         page = render(Path(__file__).parent, _values(figures, shown, rows, facts), more=SCRIPTS, data=data)
-        if len(page.encode()) <= MAX_BYTES or each == 0:
+        if len(page.encode()) <= MAX_BYTES or not (each or rows):
             return page
-        each //= 2
+        each, rows = each // 2, rows[::2] if len(rows) > 1 else []
 
 
 def _data(figures: Mapping[str, Any], rows: Sequence[dict[str, Any]], shown: Mapping[str, str]) -> dict[str, Any]:

@@ -58,7 +58,8 @@ def define(reason: str) -> str:
 def why_paired(step: Mapping[str, Any]) -> str:
     """Of a dedup or decontaminate step: what makes two rows the same, and which of them stays. Of others, nothing."""
     if isinstance(dedup := step.get("dedup"), dict):
-        by, distance = dedup.get("by", "sha256"), dedup.get("distance", 0)
+        named, distance = dedup.get("by", "sha256"), dedup.get("distance", 0)
+        by = " and ".join(named) if isinstance(named, list) else named
         same = (
             f"at most {distance} bits of {by} apart" if by == "phash" else f"near in {by}" if by == "embedding" else ""
         )

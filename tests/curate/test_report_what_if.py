@@ -310,3 +310,16 @@ def test_a_million_rows_fit_the_budget_and_the_memory(large):
 def test_too_little_memory_is_said_in_one_line(large):
     with pytest.raises(ConfigError, match=r"select.memory_limit 12MB: not enough .* raise it"):
         report.run(large, ReportConfig(), {"filters": []}, seed=0, engine=SelectConfig(memory_limit="12MB", threads=1))
+
+
+def test_rows_of_the_longest_texts_in_any_script_fit_the_budget_as_well(tmp_path):
+    long = "猫" * 2000
+    fates = ({}, {"stage": "select", "step": long[:20], "reason": "where", "value": long, "twin": long})
+    rows = [
+        Row(f"{n:020x}", f"{n} {long}", f"http://{n}.example/{long}", width=40 + n, clip_score=n / 3000, **fates[n % 2])
+        for n in range(3000)
+    ]
+    write_folder(tmp_path, rows)
+    result = report.run(tmp_path, ReportConfig(), {**CONFIG, "filters": []}, seed=0)
+    assert result.size <= MAX_BYTES
+    assert '"rows":[{' in (tmp_path / "report.html").read_text("utf-8")
