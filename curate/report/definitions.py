@@ -60,11 +60,10 @@ def why_paired(step: Mapping[str, Any]) -> str:
     if isinstance(dedup := step.get("dedup"), dict):
         named, distance = dedup.get("by", "sha256"), dedup.get("distance", 0)
         by = " and ".join(named) if isinstance(named, list) else named
-        same = (
-            f"at most {distance} bits of {by} apart" if by == "phash" else f"near in {by}" if by == "embedding" else ""
-        )
+        near = {"phash": f"at most {distance} bits of phash apart", "embedding": "images whose embeddings are near"}
+        same = near.get(by, f"equal {by}")
         keep = dedup.get("keep", "width * height DESC")
-        return f"Duplicates: {same or f'equal {by}'}. Of a group the first by {keep} stays; of equals the smaller key."
+        return f"Duplicates: {same}. Of a group the first by {keep} stays; of equals the smaller key."
     if "decontaminate" in step:
         return "Leaks: each is one of a test set's images, or nearly is; the value says by which measure. None stays."
     return ""
