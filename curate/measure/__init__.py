@@ -192,7 +192,7 @@ def _open_clip(config: ClipConfig) -> Measure:
     clip = load_clip(config.name, config.pretrained, device=config.device)
 
     def measure(stem: Path, advance: Advance) -> pa.Table:
-        return embed_shard(clip, stem.with_suffix(".tar"), fetched_rows(stem), config.batch_size, advance)
+        return embed_shard(clip, stem.with_suffix(".tar"), fetched_rows(stem, None), config.batch_size, advance)
 
     return measure
 

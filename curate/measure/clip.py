@@ -1,4 +1,4 @@
-"""CLIP embeddings of one raw shard: decoding runs in threads ahead of the encoder, equal captions are encoded once.
+"""CLIP embeddings of one raw shard: decoding in threads ahead of the encoder, equal captions and images encoded once.
 
 An image that Pillow cannot decode, whatever another decoder made of it, has no embedding and no score.
 """
@@ -33,7 +33,7 @@ def embed_shard(clip: Clip, tar: Path, rows: pa.Table, batch_size: int, advance:
     Args:
         clip: the scorer.
         tar: where the images lie.
-        rows: as `images.fetched_rows` gives them.
+        rows: as `images.fetched_rows` gives them; images of one `sha256`, if there is such a column, are embedded once.
         batch_size: images, or captions, encoded at once.
         advance: called with the number of images done.
 
@@ -43,15 +43,18 @@ def embed_shard(clip: Clip, tar: Path, rows: pa.Table, batch_size: int, advance:
     """
     with autocast(clip.device):
         text_ND = embed_captions(clip, [caption or "" for caption in rows["caption"].to_pylist()], batch_size)
-        image_ND, decoded_N = np.zeros_like(text_ND), np.zeros(len(text_ND), bool)
+        first_M, place_N = _distinct_images(rows)
+        image_MD, decoded_M = np.zeros((len(first_M), text_ND.shape[1]), np.float32), np.zeros(len(first_M), bool)
         done = 0
-        for batch in _decoded(clip, tar, rows, batch_size):
+        for batch in _decoded(clip, tar, rows.take(first_M), batch_size):
             there = [done + place for place, pixels in enumerate(batch) if pixels is not None]
             if there:
                 pixels_BCHW = torch.stack([pixels for pixels in batch if pixels is not None])
-                image_ND[there], decoded_N[there] = _embed(clip.embed_images, pixels_BCHW), True
+                image_MD[there], decoded_M[there] = _embed(clip.embed_images, pixels_BCHW), True
             done += len(batch)
             advance(len(batch))
+    advance(rows.num_rows - done)
+    image_ND, decoded_N = image_MD[place_N], decoded_M[place_N]
     if lost := int((~decoded_N).sum()):
         logger.warning("%s: %d images cannot be decoded, and have no clip_score", tar, lost)
     return pa.table(
@@ -80,6 +83,14 @@ def embed_captions(clip: Clip, captions: Sequence[str], batch_size: int) -> np.n
     batches = [distinct[start : start + batch_size] for start in range(0, len(distinct), batch_size)]
     embeddings = [_embed(clip.embed_captions, batch) for batch in batches]
     return np.concatenate(embeddings)[[place[caption] for caption in captions]]
+
+
+def _distinct_images(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (M,) that hold an image for the first time, and for each row (N,) which of those M images is its own."""
+    names = rows["sha256" if "sha256" in rows.column_names else "key"].to_pylist()
+    place: dict[str, int] = {}
+    place_N = np.array([place.setdefault(name, len(place)) for name in names], np.int64)
+    return np.unique(place_N, return_index=True)[1], place_N
 
 
 def _embed(encode: Callable[[Any], torch.Tensor], batch: Any) -> np.ndarray:

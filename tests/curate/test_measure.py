@@ -1,3 +1,4 @@
+import hashlib
 import io
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from curate import measure
-from curate.clip import load_clip
+from curate.clip import Clip, load_clip
 from curate.config import ClipConfig, MeasureConfig
 from curate.errors import ModelError
 from curate.select.selection import read_embeddings
@@ -105,6 +106,30 @@ def test_an_image_that_cannot_be_decoded_costs_its_own_row(tmp_path: Path, confi
     clip = load_clip(config.clip.name, config.clip.pretrained, device="cpu")
     images = [Image.open(io.BytesIO(encoded(photo(number), "PNG"))) for number in (1, 2, 4)]
     np.testing.assert_allclose(image_ND, clip.embed_images(images).numpy(), atol=1e-3)
+
+
+def test_equal_images_are_embedded_once_and_each_row_gets_its_own(
+    tmp_path: Path, config: MeasureConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers, embedded, plain = [2, 0, 2, 1, 0, 2], [], Clip.embed_images
+
+    def counted(self: Clip, images: torch.Tensor) -> torch.Tensor:
+        embedded.append(len(images))
+        return plain(self, images)
+
+    monkeypatch.setattr(Clip, "embed_images", counted)
+    schema = pa.schema([*SCHEMA, ("sha256", pa.string())])
+    with ShardWriter(tmp_path / "raw" / "00000", schema, made_from="test") as writer:
+        for place, number in enumerate(numbers):
+            content = encoded(photo(number), "PNG")
+            sha256 = hashlib.sha256(content).hexdigest()
+            row = {"key": f"key{place}", "caption": f"{place}", "status": "success", "sha256": sha256}
+            writer.add(row, content, "png")
+    assert measure.run(tmp_path, config).images == len(numbers)
+    assert sum(embedded) == 3
+    clip = load_clip(config.clip.name, config.clip.pretrained, device="cpu")
+    images = [Image.open(io.BytesIO(encoded(photo(number), "PNG"))) for number in numbers]
+    np.testing.assert_allclose(signals(tmp_path)["image_embedding"].to_pylist(), plain(clip, images).numpy(), atol=1e-3)
 
 
 def test_measuring_many_shards_leaves_no_file_open(tmp_path: Path, config: MeasureConfig) -> None:
