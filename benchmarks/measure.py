@@ -1,7 +1,7 @@
 """`curate measure` with a CLIP: CPU time an image, beside the bare forward on the same images and captions.
 
     python benchmarks/measure.py             512 photographs of 512 pixels, ViT-B-32
-    python benchmarks/measure.py --quick     64 of them
+    python benchmarks/measure.py --quick     32 of them
 
 Random weights: they cost what trained ones do. Bare forward: pixels and tokens lie ready in memory, same batches,
 same threads. CPU time, because a shared machine has no steady wall time. The last line is one JSON object.
@@ -69,7 +69,7 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    images = 64 if parser.parse_args().quick else 512
+    images = 32 if parser.parse_args().quick else 512
     torch.manual_seed(0)
     clip = load_clip("ViT-B-32", device="cpu")
     with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +88,10 @@ def main() -> None:
             forward = cpu_seconds(lambda: bare(clip, batches))
             ours = cpu_seconds(lambda: embed_shard(clip, stem.with_suffix(".tar"), rows, BATCH, lambda _: None))
             pairs.append((forward, ours))
-            print(f"bare forward {1000 * forward / images:.1f} ms an image, measure {1000 * ours / images:.1f} ms")
+            print(
+                f"bare forward {1000 * forward / images:.1f} ms an image, measure {1000 * ours / images:.1f} ms",
+                flush=True,
+            )
     versions = {name: version(name) for name in ("torch", "open_clip_torch", "pillow", "torchvision")}
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, {versions}")
     share = median(forward / ours for forward, ours in pairs)
