@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,7 +115,8 @@ def load_clip(name: str, pretrained: str | None = None, *, device: str = "auto")
     Args:
         name: an open_clip architecture (`ViT-B-32`), OpenAI's name (`ViT-B/32`), `local-dir:FOLDER` or `hf-hub:ID` with
             architecture and weights, or the path of an open_clip model configuration (`tiny.json`).
-        pretrained: an open_clip tag (`openai`, `laion2b_s34b_b79k`), the path of a weights file, or None: random
+        pretrained: an open_clip tag (`openai`, `laion2b_s34b_b79k`), the path of a weights file (OpenAI's TorchScript
+            archives too: `ViT-B-32.pt`; they get the QuickGELU that they were trained with), or None: random
             weights from torch's global seed, unless the name brings its own.
         device: `auto` is cuda, else mps, else cpu.
 
@@ -126,8 +129,13 @@ def load_clip(name: str, pretrained: str | None = None, *, device: str = "auto")
 
     architecture, weights = _resolve(name, pretrained)
     _check_reachable(architecture, weights)
+    archive = weights is not None and is_openai_archive(weights)
     try:
-        model = open_clip.create_model(architecture, pretrained=weights, weights_only=True)
+        if archive:
+            model = open_clip.create_model(architecture, force_quick_gelu=True)
+            model.load_state_dict(_openai_state(str(weights)))
+        else:
+            model = open_clip.create_model(architecture, pretrained=weights, weights_only=True)
     # AssertionError: open_clip's own, for weights of another width.
     except (
         RuntimeError,
@@ -146,9 +154,28 @@ def load_clip(name: str, pretrained: str | None = None, *, device: str = "auto")
         preprocess=image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False),
         tokenizer=open_clip.get_tokenizer(architecture),
         name=name,
-        architecture=open_clip.get_model_config(architecture) or {},
+        architecture=(open_clip.get_model_config(architecture) or {}) | ({"quick_gelu": True} if archive else {}),
         preprocess_cfg=preprocess_cfg,
     )
+
+
+def is_openai_archive(path: str) -> bool:
+    """Whether a file is a TorchScript archive, as OpenAI published CLIP, and not a state dict."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _openai_state(path: str) -> dict[str, torch.Tensor]:
+    """The float32 weights of OpenAI's archive, without the three numbers that it keeps among them."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated; these archives stay as they are
+        state = torch.jit.load(path, map_location="cpu").state_dict()
+    numbers = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+    return {name: value.float() for name, value in state.items() if name not in numbers}
 
 
 def first_line(error: BaseException) -> str:

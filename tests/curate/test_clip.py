@@ -120,3 +120,22 @@ def test_the_example_in_the_modules_docstring_runs_as_it_stands(
     assert found["probabilities"].shape == (1, 2)
     assert float(found["probabilities"].sum()) == pytest.approx(1)
     assert not found["probabilities"].requires_grad
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
+def test_openais_archive_is_loaded_with_quickgelu(tiny: str, tmp_path: Path) -> None:
+    open_clip.add_model_config(tiny)
+    quick = open_clip.create_model(Path(tiny).stem, force_quick_gelu=True).eval()
+    pixels, tokens = torch.rand(1, 3, *quick.visual.image_size), open_clip.get_tokenizer(Path(tiny).stem)(["a cat"])
+    quick.register_buffer("input_resolution", torch.tensor(32))
+    torch.jit.trace(quick, (pixels, tokens), check_trace=False).save(tmp_path / "ViT.pt")
+    clip = load_clip(tiny, str(tmp_path / "ViT.pt"), device="cpu")
+    with torch.no_grad():
+        expected = quick.encode_image(pixels, normalize=True)
+    torch.testing.assert_close(clip.embed_images(pixels), expected, atol=1e-6, rtol=0)
+    assert clip.architecture["quick_gelu"]
+    torch.save(clip.model.state_dict(), tmp_path / "plain.pt")
+    plain = load_clip(tiny, str(tmp_path / "plain.pt"), device="cpu")
+    assert (plain.embed_images(pixels) - expected).abs().max() > 1e-4
