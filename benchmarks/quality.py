@@ -4,30 +4,31 @@
     python benchmarks/quality.py --quick     half of it
     python benchmarks/quality.py --work DIR  keep everything in DIR; a second run reuses the CLIP
 
-The commands are the user's own, against a web server on loopback: `curate build` of the general pairs, `finetune fit` of
-a CLIP on them, `curate build` of the crawl with configs/curate/domain.yaml. The two thresholds of the recipe come from
-trusted pairs, the example images and their captions, and not from the crawl. The labels are written when the pipeline
-has ended. Then one threshold is changed and the crawl built again. The last line is one JSON object.
+The commands are the user's own, against a web server on loopback: `curate build` of the general pairs, `finetune fit`
+of a CLIP on them, `curate build` of the crawl with configs/curate/domain.yaml. The two thresholds of the recipe come
+from trusted pairs, the example images and their captions, and not from the crawl. The labels are written when the
+pipeline has ended. Then one threshold is changed and the crawl built again. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    # A script's own folder comes first in the search, where select.py would stand before Python's own module.
+    sys.path[0] = str(REPOSITORY)
+
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    # A script's own folder comes first in the search, and a benchmark may be called as a module of Python is.
-    sys.path[0] = str(REPOSITORY)
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -52,6 +53,7 @@ class Setting:
         scale: of the mix.
         drawings: of each concept, that the CLIP is trained on.
         epochs: that it is trained for.
+        food: concepts of the domain.
         other: concepts outside the domain that the CLIP is trained on.
     """
 
@@ -59,7 +61,8 @@ class Setting:
     scale: float = 1.0
     drawings: int = DRAWINGS
     epochs: int = EPOCHS
-    other: int = len(OTHER)
+    food: tuple[str, ...] = FOOD
+    other: tuple[str, ...] = tuple(OTHER)
 
 
 def main() -> None:
@@ -76,7 +79,7 @@ def main() -> None:
     print(json.dumps(figures(run)))
 
 
-# --- the CLIP -----------------------------------------------------------------------------------------------------------
+# --- the CLIP --------------------------------------------------------------------------------------------------------
 
 
 def train_clip(setting: Setting) -> Path:
@@ -88,7 +91,7 @@ def train_clip(setting: Setting) -> Path:
     work, started = setting.work, time.monotonic()
     if (work / "clip" / "open_clip_config.json").exists():
         return work / "clip"
-    concepts = [*FOOD, *OTHER[: setting.other]]
+    concepts = [*setting.food, *setting.other]
     write_pairs(work / "general-images", pairs(concepts, len(concepts) * setting.drawings, seed=100), side=64)
     everything = {"filters": [], "pack": {"val": 0, "test": 0}}
     curate(work, "general", everything, work / "general-images")
@@ -135,7 +138,7 @@ def thresholds(clip_folder: Path, trusted: list[Pair]) -> tuple[float, float]:
     return round(float(np.quantile(nearest, LOST)), 3), round(float(np.quantile(fits, LOST)), 3)
 
 
-# --- the pipeline, as its user runs it ------------------------------------------------------------------------------------
+# --- the pipeline, as its user runs it -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -162,8 +165,8 @@ class Run:
 def run_mix(setting: Setting) -> Run:
     """Serve the mix, build it, change one threshold, build again; then write the labels."""
     work = setting.work
-    mix = make_mix(setting.scale)
-    trusted = pairs(FOOD, EXAMPLES * len(FOOD), seed=200)
+    mix = make_mix(setting.scale, food=setting.food, other=setting.other)
+    trusted = pairs(setting.food, EXAMPLES * len(setting.food), seed=200)
     write_pairs(work / "examples", trusted)
     (work / "test").mkdir(exist_ok=True)
     for name, body in mix.test.items():
@@ -229,7 +232,7 @@ def run_command(command: str, *arguments: str) -> None:
         sys.exit(f"{command} {' '.join(arguments)}\n{ran.stdout}{ran.stderr}")
 
 
-# --- held against the truth ---------------------------------------------------------------------------------------------
+# --- held against the truth ------------------------------------------------------------------------------------------
 
 
 def truths(mix: Mix, kept: list[bool]) -> list[str]:

@@ -23,14 +23,17 @@ FOOD = (
     "TOMATO", "AUBERGINE", "GRAPES", "WATERMELON", "TANGERINE", "LEMON", "BANANA", "PINEAPPLE", "PEAR", "PEACH",
     "CHERRIES", "STRAWBERRY", "HAMBURGER", "SLICE OF PIZZA", "EAR OF MAIZE", "MUSHROOM", "CHESTNUT", "DOUGHNUT",
     "COOKIE", "CHOCOLATE BAR", "LOLLIPOP", "CANDY", "COOKING", "ROASTED SWEET POTATO",
-)
-OTHER = (
-    "AUTOMOBILE", "BICYCLE", "ROCKET", "HELICOPTER", "SAILBOAT", "TRACTOR", "DOG FACE", "CAT FACE", "PENGUIN",
-    "SNAIL", "OCTOPUS", "ELEPHANT", "TURTLE", "KEY", "UMBRELLA", "GUITAR", "TRUMPET", "VIOLIN", "EYEGLASSES", "JEANS",
-    "DRESS", "CROWN", "HOUSE BUILDING", "OFFICE BUILDING", "EVERGREEN TREE", "CACTUS", "SUNFLOWER", "TULIP",
-    "ALARM CLOCK", "TELEVISION", "CAMERA", "BOOKS", "HAMMER", "WRENCH", "SOCCER BALL", "BASKETBALL AND HOOP",
-    "TROPHY", "SNOWFLAKE", "HIGH VOLTAGE SIGN", "BLACK HEART SUIT", "GHOST", "ROBOT FACE",
-)
+)  # fmt: skip
+OTHER = {
+    "AUTOMOBILE": "vehicle", "DOG FACE": "animal", "KEY": "tool", "GUITAR": "instrument", "EYEGLASSES": "clothing",
+    "HOUSE BUILDING": "building", "CACTUS": "plant", "SOCCER BALL": "sport", "BICYCLE": "vehicle", "CAT FACE": "animal",
+    "UMBRELLA": "tool", "TRUMPET": "instrument", "JEANS": "clothing", "OFFICE BUILDING": "building", "TULIP": "plant",
+    "TROPHY": "sport", "ROCKET": "vehicle", "PENGUIN": "animal", "HAMMER": "tool", "VIOLIN": "instrument",
+    "DRESS": "clothing", "SUNFLOWER": "plant", "HELICOPTER": "vehicle", "SNAIL": "animal", "WRENCH": "tool",
+    "CROWN": "clothing", "EVERGREEN TREE": "plant", "SAILBOAT": "vehicle", "OCTOPUS": "animal", "ALARM CLOCK": "tool",
+    "TRACTOR": "vehicle", "ELEPHANT": "animal", "CAMERA": "tool", "TURTLE": "animal", "TELEVISION": "tool",
+    "SNOWFLAKE": "sign", "HIGH VOLTAGE SIGN": "sign", "BLACK HEART SUIT": "sign", "GHOST": "sign", "ROBOT FACE": "sign",
+}  # fmt: skip
 COLOURS = {
     "white": (250, 250, 250),
     "grey": (150, 150, 150),
@@ -41,7 +44,13 @@ COLOURS = {
     "blue": (90, 140, 215),
     "purple": (160, 110, 190),
 }
-CAPTIONS = ("a drawing of a {} on {}", "{} on a {} background", "picture of a {}, {} behind it", "a {} in front of {}")
+CAPTIONS = (
+    "a drawing of a {concept}",
+    "picture of {kind}, a {concept}",
+    "{kind}: {concept}",
+    "a {concept}, drawn by hand",
+    "{concept} on a {colour} background",
+)
 BOILERPLATE = (
     "image",
     "click to enlarge",
@@ -51,7 +60,6 @@ BOILERPLATE = (
     "photo not available",
     "DSC_0034",
 )
-PROMPTS = tuple(f"a drawing of a {name.lower()} on {colour}" for name in FOOD for colour in ("white", "blue"))
 # Rows of each kind at scale 1.
 COUNTS = {
     "clean": 800,
@@ -103,14 +111,14 @@ def pairs(concepts: Sequence[str], count: int, seed: int) -> list[Pair]:
     return [_pair(concepts[number % len(concepts)], random) for number in range(count)]
 
 
-def make_mix(scale: float = 1.0, seed: int = 0) -> Mix:
-    """The mix, with `scale` times COUNTS."""
+def make_mix(scale: float = 1.0, seed: int = 0, food: Sequence[str] = FOOD, other: Sequence[str] = tuple(OTHER)) -> Mix:
+    """The mix, with `scale` times COUNTS; `food` is the domain, `other` what else the CLIP knows."""
     random = np.random.default_rng(seed)
     counts = {kind: max(4, round(count * scale)) for kind, count in COUNTS.items()}
-    test = pairs(FOOD, counts["leak, same file"] + counts["leak, re-encoded"], seed + 1)
+    test = pairs(food, counts["leak, same file"] + counts["leak, re-encoded"], seed + 1)
     test_bodies = {f"{number}.jpg": jpeg(pair.image) for number, pair in enumerate(test)}
     made: list[tuple[bytes, str, str, int]] = []
-    clean = [(jpeg(pair.image), pair) for pair in pairs(FOOD, counts["clean"], seed + 2)]
+    clean = [(jpeg(pair.image), pair) for pair in pairs(food, counts["clean"], seed + 2)]
     made += [(body, pair.caption, "clean", number) for number, (body, pair) in enumerate(clean)]
     for kind, count in list(counts.items())[1:]:
         for number in range(count):
@@ -127,7 +135,7 @@ def make_mix(scale: float = 1.0, seed: int = 0) -> Mix:
                 body = test_bodies[f"{place}.jpg"] if kind == "leak, same file" else edited(image, random)
                 made.append((body, caption, kind, -1))
             else:
-                made.append((*JUNK[kind](number, random), kind, -1))
+                made.append((*JUNK[kind](number, random, other if kind == "off topic, known" else food), kind, -1))
     rows, bodies = [], {}
     for place, chosen in enumerate(random.permutation(len(made))):
         body, caption, kind, picture = made[chosen]
@@ -164,8 +172,9 @@ def edited(image: Image.Image, random: np.random.Generator) -> bytes:
 
 def _pair(concept: str, random: np.random.Generator) -> Pair:
     colour = str(random.choice(list(COLOURS)))
-    words = CAPTIONS[random.integers(len(CAPTIONS))].format(concept.lower(), colour)
-    return Pair(concept, _drawing(concept, COLOURS[colour], random), words)
+    words = CAPTIONS[random.integers(len(CAPTIONS))]
+    caption = words.format(concept=concept.lower(), kind=OTHER.get(concept, "food"), colour=colour)
+    return Pair(concept, _drawing(concept, COLOURS[colour], random), caption)
 
 
 def _drawing(concept: str, colour: tuple[int, int, int], random: np.random.Generator) -> Image.Image:
@@ -199,23 +208,23 @@ def _glyph(concept: str) -> Image.Image:
     return square
 
 
-# --- junk: (number, random) → body and caption -------------------------------------------------------------------------
+# --- junk: number, random, concepts → body and caption ---------------------------------------------------------------
 
 
-def _mismatched(number: int, random: np.random.Generator) -> tuple[bytes, str]:
+def _mismatched(number: int, random: np.random.Generator, concepts: Sequence[str]) -> tuple[bytes, str]:
     """A good picture with the caption of another one."""
-    shown = _pair(FOOD[number % len(FOOD)], random)
-    told = _pair(FOOD[(number + 1 + int(random.integers(len(FOOD) - 1))) % len(FOOD)], random)
+    shown = _pair(concepts[number % len(concepts)], random)
+    told = _pair(concepts[(number + 1 + int(random.integers(len(concepts) - 1))) % len(concepts)], random)
     return jpeg(shown.image), told.caption
 
 
-def _known(number: int, random: np.random.Generator) -> tuple[bytes, str]:
+def _known(number: int, random: np.random.Generator, concepts: Sequence[str]) -> tuple[bytes, str]:
     """Something else that the CLIP was trained on."""
-    pair = _pair(OTHER[number % len(OTHER)], random)
+    pair = _pair(concepts[number % len(concepts)], random)
     return jpeg(pair.image), pair.caption
 
 
-def _unknown(number: int, random: np.random.Generator) -> tuple[bytes, str]:
+def _unknown(number: int, random: np.random.Generator, _: Sequence[str]) -> tuple[bytes, str]:
     """Something else that the CLIP never saw: handwriting, photographs, textures."""
     from sklearn.datasets import load_sample_image
 
@@ -243,9 +252,9 @@ def _digits() -> np.ndarray:
     return load_digits().images
 
 
-def _placeholder(number: int, random: np.random.Generator) -> tuple[bytes, str]:
+def _placeholder(number: int, random: np.random.Generator, concepts: Sequence[str]) -> tuple[bytes, str]:
     """A flat colour, or words where a picture was, under the caption of that picture."""
-    caption = _pair(FOOD[number % len(FOOD)], random).caption
+    caption = _pair(concepts[number % len(concepts)], random).caption
     grey = int(random.integers(180, 256))
     image = Image.new("RGB", (SIDE + int(random.integers(60)), SIDE), (grey, grey, grey))
     if number % 2:
@@ -256,28 +265,28 @@ def _placeholder(number: int, random: np.random.Generator) -> tuple[bytes, str]:
     return jpeg(image), caption
 
 
-def _tiny(number: int, random: np.random.Generator) -> tuple[bytes, str]:
+def _tiny(number: int, random: np.random.Generator, concepts: Sequence[str]) -> tuple[bytes, str]:
     """A thumbnail, an icon, a tracking pixel."""
-    pair = _pair(FOOD[number % len(FOOD)], random)
+    pair = _pair(concepts[number % len(concepts)], random)
     side = (1, 16, 64, 120)[number % 4]
     return jpeg(pair.image.resize((side, side))), pair.caption
 
 
-def _broken(number: int, random: np.random.Generator) -> tuple[bytes, str]:
+def _broken(number: int, random: np.random.Generator, concepts: Sequence[str]) -> tuple[bytes, str]:
     """Half a file, a web page, rubbish, or a picture torn in the middle of its bytes."""
-    pair = _pair(FOOD[number % len(FOOD)], random)
+    pair = _pair(concepts[number % len(concepts)], random)
     whole = jpeg(pair.image)
     page = b"<!doctype html><html><body>Not found</body></html>"
     rubbish = random.integers(0, 256, 3000, dtype=np.uint8).tobytes()
     return (whole[: len(whole) // 2], page, rubbish, whole[:200])[number % 4], pair.caption
 
 
-def _boilerplate(number: int, random: np.random.Generator) -> tuple[bytes, str]:
+def _boilerplate(number: int, random: np.random.Generator, concepts: Sequence[str]) -> tuple[bytes, str]:
     """A good picture under words that say nothing of it."""
-    return jpeg(_pair(FOOD[number % len(FOOD)], random).image), BOILERPLATE[number % len(BOILERPLATE)]
+    return jpeg(_pair(concepts[number % len(concepts)], random).image), BOILERPLATE[number % len(BOILERPLATE)]
 
 
-JUNK: dict[str, Callable[[int, np.random.Generator], tuple[bytes, str]]] = {
+JUNK: dict[str, Callable[[int, np.random.Generator, Sequence[str]], tuple[bytes, str]]] = {
     "mismatched caption": _mismatched,
     "off topic, known": _known,
     "off topic, unknown": _unknown,

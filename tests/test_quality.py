@@ -1,0 +1,140 @@
+"""The domain recipe on a small labelled mix, with a small CLIP: what benchmarks/quality.py does at full size.
+
+Real commands in processes of their own, a real server; the mix, its truth and the bars are the benchmark's.
+"""
+
+import importlib.util
+import json
+import re
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from curate.filters import parse_steps
+from demo.mix import COUNTS, FOOD, OTHER, make_mix
+
+
+@pytest.fixture(scope="module")
+def quality():
+    path = Path(__file__).parents[1] / "benchmarks" / "quality.py"
+    spec = importlib.util.spec_from_file_location("benchmark_of_quality", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def contents(folder, *parts):
+    return {
+        str(path): (sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for part in parts
+        for path in sorted((folder / part).rglob("*.*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def run(quality, tmp_path_factory):
+    work = tmp_path_factory.mktemp("quality")
+    setting = quality.Setting(work, scale=0.2, drawings=30, epochs=12, food=FOOD[:8], other=tuple(OTHER)[:12])
+    quality.train_clip(setting)
+    measured = []
+    real = quality.build
+
+    def watched(*arguments):
+        assert not (work / "labels.parquet").exists(), "the labels are there while the pipeline runs"
+        made = real(*arguments)
+        measured.append(contents(work / "food", "plan", "raw", "signals"))
+        return made
+
+    quality.build = watched
+    try:
+        return quality.run_mix(setting), measured, work
+    finally:
+        quality.build = real
+
+
+def test_the_recipe_reaches_the_bars(quality, run):
+    found = quality.figures(run[0])
+    assert found["precision"] >= 0.95, found
+    assert found["recall"] >= 0.9, found
+    assert len([name for name in found if name.startswith("recall_")]) == len(COUNTS)
+
+
+def test_nothing_tells_the_pipeline_what_a_row_is(run):
+    made, _, work = run
+    listed = pq.read_table(work / "list.parquet")
+    assert listed.column_names == ["url", "caption"]
+    assert all(re.fullmatch(r"http://127\.0\.0\.\d:\d+/img/\d{5}\.jpg", url) for url in listed["url"].to_pylist())
+    labels = pq.read_table(work / "labels.parquet").to_pylist()
+    assert {label["kind"] for label in labels} == set(COUNTS)
+    assert "labels" not in (work / "food" / "manifest.json").read_text()
+    assert not any(
+        kind in (work / "food.yaml").read_text() for kind in COUNTS if kind not in {"clean", "broken", "tiny"}
+    )
+    # Kinds are spread over the list: position says nothing either.
+    clean = [place for place, row in enumerate(made.mix.rows) if row.kind == "clean"]
+    assert abs(sum(clean) / len(clean) / len(made.mix.rows) - 0.5) < 0.1
+
+
+def test_a_changed_threshold_asks_for_nothing_and_measures_nothing_again(quality, run):
+    made, (before, after), _ = run
+    assert made.first.requests > 0
+    assert made.second.requests == 0
+    assert before == after
+    assert len(before) >= 6
+    assert json.dumps(made.first.ledger) != json.dumps(made.second.ledger)
+    # A stricter threshold keeps a part of what was kept, and moves nothing else.
+    first, second = quality.kept_rows(made.first), quality.kept_rows(made.second)
+    assert sum(second) < sum(first)
+    assert all(was for was, stays in zip(first, second, strict=True) if stays)
+
+
+def test_the_shards_hold_what_the_second_ledger_keeps(quality, run):
+    made, _, work = run
+    rows = [
+        row
+        for path in (work / "food" / "shards").glob("t*-*.parquet")
+        for row in pq.read_table(path)["row"].to_pylist()
+    ]
+    rows += [
+        row
+        for path in (work / "food" / "shards").glob("val-*.parquet")
+        for row in pq.read_table(path)["row"].to_pylist()
+    ]
+    assert sorted(rows) == [place for place, stays in enumerate(quality.kept_rows(made.second)) if stays]
+
+
+def test_one_of_a_picture_and_its_copies_counts_as_the_picture(quality):
+    mix = make_mix(0.02)
+    kinds = [row.kind for row in mix.rows]
+    copy = next(place for place, row in enumerate(mix.rows) if row.kind == "exact duplicate")
+    original = next(
+        place for place, row in enumerate(mix.rows) if row.kind == "clean" and row.picture == mix.rows[copy].picture
+    )
+    kept = [place == copy for place in range(len(kinds))]
+    told = quality.truths(mix, kept)
+    assert (told[copy], told[original]) == ("clean", "exact duplicate")
+    assert quality.truths(mix, [False] * len(kinds)) == kinds
+    assert quality.truths(mix, [True] * len(kinds)) == kinds
+
+
+def test_the_mix_is_the_same_each_time():
+    first, again, other = make_mix(0.02), make_mix(0.02), make_mix(0.02, seed=9)
+    assert first == again
+    assert first.bodies != other.bodies
+
+
+def test_the_benchmark_changes_of_the_recipe_what_is_the_users_own(quality, tmp_path):
+    shipped = yaml.safe_load(quality.RECIPE.read_text())
+    ours = quality.domain_recipe(tmp_path, 0.6, 0.3)
+    differ = [a["name"] for a, b in zip(shipped["filters"], ours["filters"], strict=True) if a != b]
+    assert differ == ["leak", "on_topic", "aligned"]
+    assert [step.name for step in parse_steps(shipped["filters"])] == [
+        step.name for step in parse_steps(ours["filters"])
+    ]
+    assert {name for name in shipped if shipped[name] != ours[name]} == {"measure", "filters"}
