@@ -20,19 +20,14 @@ from demo.corpus import emoji_font
 
 SIDE = 288  # pixels of a drawing
 FOOD = (
-    "TOMATO", "AUBERGINE", "GRAPES", "WATERMELON", "TANGERINE", "LEMON", "BANANA", "PINEAPPLE", "PEAR", "PEACH",
-    "CHERRIES", "STRAWBERRY", "HAMBURGER", "SLICE OF PIZZA", "EAR OF MAIZE", "MUSHROOM", "CHESTNUT", "DOUGHNUT",
-    "COOKIE", "CHOCOLATE BAR", "LOLLIPOP", "CANDY", "COOKING", "ROASTED SWEET POTATO",
+    "TOMATO", "AUBERGINE", "GRAPES", "WATERMELON", "LEMON", "BANANA", "HAMBURGER", "DOUGHNUT", "PINEAPPLE", "CHERRIES",
+    "STRAWBERRY", "LOLLIPOP",
 )  # fmt: skip
 OTHER = {
     "AUTOMOBILE": "vehicle", "DOG FACE": "animal", "KEY": "tool", "GUITAR": "instrument", "EYEGLASSES": "clothing",
     "HOUSE BUILDING": "building", "CACTUS": "plant", "SOCCER BALL": "sport", "BICYCLE": "vehicle", "CAT FACE": "animal",
     "UMBRELLA": "tool", "TRUMPET": "instrument", "JEANS": "clothing", "OFFICE BUILDING": "building", "TULIP": "plant",
-    "TROPHY": "sport", "ROCKET": "vehicle", "PENGUIN": "animal", "HAMMER": "tool", "VIOLIN": "instrument",
-    "DRESS": "clothing", "SUNFLOWER": "plant", "HELICOPTER": "vehicle", "SNAIL": "animal", "WRENCH": "tool",
-    "CROWN": "clothing", "EVERGREEN TREE": "plant", "SAILBOAT": "vehicle", "OCTOPUS": "animal", "ALARM CLOCK": "tool",
-    "TRACTOR": "vehicle", "ELEPHANT": "animal", "CAMERA": "tool", "TURTLE": "animal", "TELEVISION": "tool",
-    "SNOWFLAKE": "sign", "HIGH VOLTAGE SIGN": "sign", "BLACK HEART SUIT": "sign", "GHOST": "sign", "ROBOT FACE": "sign",
+    "TROPHY": "sport",
 }  # fmt: skip
 COLOURS = {
     "white": (250, 250, 250),

@@ -40,7 +40,7 @@ def contents(folder, *parts):
 @pytest.fixture(scope="module")
 def run(quality, tmp_path_factory):
     work = tmp_path_factory.mktemp("quality")
-    setting = quality.Setting(work, scale=0.2, drawings=30, epochs=12, food=FOOD[:8], other=tuple(OTHER)[:12])
+    setting = quality.Setting(work, scale=0.2, drawings=60, epochs=12, food=FOOD[:6], other=tuple(OTHER)[:6])
     quality.train_clip(setting)
     measured = []
     real = quality.build
