@@ -41,7 +41,7 @@ RECIPE = REPOSITORY / "configs" / "curate" / "domain.yaml"
 # Of the trusted pairs, the share that may fall below a threshold.
 LOST = 0.03
 DRAWINGS, EPOCHS, BATCH = 64, 16, 96
-EXAMPLES = 10  # of each concept
+EXAMPLES = 20  # of each concept
 
 
 @dataclass(frozen=True)
