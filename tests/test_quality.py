@@ -1,6 +1,7 @@
-"""The domain recipe on a small labelled mix, with a small CLIP: what benchmarks/quality.py does at full size.
+"""The domain recipe on a labelled mix: what benchmarks/quality.py does, at the size of its --quick.
 
-Real commands in processes of their own, a real server; the mix, its truth and the bars are the benchmark's.
+Real commands in processes of their own, a real server; the mix, its truth and the bars are the benchmark's. A CLIP is
+trained first, which takes minutes: those tests are slow ones.
 """
 
 import importlib.util
@@ -15,7 +16,11 @@ import pytest
 import yaml
 
 from curate.filters import parse_steps
-from demo.mix import COUNTS, FOOD, OTHER, make_mix
+from demo.mix import COUNTS, make_mix
+
+
+def slow(test):
+    return pytest.mark.slow(pytest.mark.timeout(1800)(test))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +45,7 @@ def contents(folder, *parts):
 @pytest.fixture(scope="module")
 def run(quality, tmp_path_factory):
     work = tmp_path_factory.mktemp("quality")
-    setting = quality.Setting(work, scale=0.2, drawings=60, epochs=12, food=FOOD[:6], other=tuple(OTHER)[:6])
+    setting = quality.Setting(work, scale=0.5)
     quality.train_clip(setting)
     measured = []
     real = quality.build
@@ -58,6 +63,7 @@ def run(quality, tmp_path_factory):
         quality.build = real
 
 
+@slow
 def test_the_recipe_reaches_the_bars(quality, run):
     found = quality.figures(run[0])
     assert found["precision"] >= 0.95, found
@@ -65,6 +71,7 @@ def test_the_recipe_reaches_the_bars(quality, run):
     assert len([name for name in found if name.startswith("recall_")]) == len(COUNTS)
 
 
+@slow
 def test_nothing_tells_the_pipeline_what_a_row_is(run):
     made, _, work = run
     listed = pq.read_table(work / "list.parquet")
@@ -81,6 +88,7 @@ def test_nothing_tells_the_pipeline_what_a_row_is(run):
     assert abs(sum(clean) / len(clean) / len(made.mix.rows) - 0.5) < 0.1
 
 
+@slow
 def test_a_changed_threshold_asks_for_nothing_and_measures_nothing_again(quality, run):
     made, (before, after), _ = run
     assert made.first.requests > 0
@@ -94,6 +102,7 @@ def test_a_changed_threshold_asks_for_nothing_and_measures_nothing_again(quality
     assert all(was for was, stays in zip(first, second, strict=True) if stays)
 
 
+@slow
 def test_the_shards_hold_what_the_second_ledger_keeps(quality, run):
     made, _, work = run
     rows = [

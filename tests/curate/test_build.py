@@ -282,3 +282,26 @@ def test_without_config_and_out_the_default_recipe_fills_dataset(web: WebServer,
     )
     assert ran.returncode == 0, ran.stderr
     assert json.loads((tmp_path / "dataset" / "manifest.json").read_text())
+
+
+def test_a_changed_threshold_asks_for_nothing_and_measures_nothing_again(web, tmp_path):
+    urls, out = write_list(web, tmp_path), tmp_path / "out"
+    run(command(urls, out, filters="[{name: wide, where: width >= 41}]"))
+    before = {
+        path: path.stat().st_mtime_ns for stage in ("plan", "raw", "signals") for path in (out / stage).rglob("*.*")
+    }
+    asked, first = web.asked.total(), packed(out)
+    assert any("signals" in path.parts for path in before)
+    ran = run(
+        command(urls, out, filters="[{name: wide, where: width >= 200}, {name: few, sample: {count: 6}}]"), status=3
+    )
+    assert "all" in ran.stderr
+    run(command(urls, out, filters="[{name: wide, where: width >= 41}, {name: few, sample: {count: 6}}]"))
+    assert web.asked.total() == asked
+    after = {
+        path: path.stat().st_mtime_ns for stage in ("plan", "raw", "signals") for path in (out / stage).rglob("*.*")
+    }
+    assert after == before
+    assert packed(out) != first
+    run(command(urls, out, filters="[{name: wide, where: width >= 41}]"))
+    assert packed(out) == first
