@@ -12,15 +12,16 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from curate.ask.arguments import DiffOptions, EngineOptions, ExplainOptions, SqlOptions, VerifyOptions
 from curate.config import BuildConfig, ConceptsConfig
-from curate.errors import CliptailorError, ConfigError, UnwritableDisk, did_you_mean
+from curate.errors import CliptailorError, ConfigError, UnwantedResult, UnwritableDisk, did_you_mean
 from curate.options import add_config, as_config, new_parser, parse
 
 COMMANDS = {
@@ -38,8 +39,38 @@ COMMANDS = {
     "concepts": """Mine a list of concepts, for a balance step, from the planned captions: frequent words and bigrams.
 
         curate concepts --out dataset --count 10000""",
+    "explain": """What became of a row, with every fact and signal.
+
+        curate explain https://example.org/a.jpg --out dataset""",
+    "inspect": """What became of the list: funnel, splits, reasons, hosts, distributions.
+
+        curate inspect dataset""",
+    "diff": """Two builds side by side: options, funnels, and the rows that were decided otherwise.
+
+        curate diff dataset-1 dataset-2 --out flipped.parquet""",
+    "sql": """Ask the tables ledger, planned, raw, signals and samples; they can only be read.
+
+        curate sql "SELECT reason, count(*) FROM ledger GROUP BY ALL" --out dataset --format csv""",
+    "verify": """Check every file, member, key and sum of a dataset; exit status 3 if something is wrong.
+
+        curate verify dataset""",
 }
-OPTIONS: dict[str, type] = {"concepts": ConceptsConfig}
+# What the commands that ask take: positionals with their help; the first DIR may be left out.
+ASKED: dict[str, dict[str, str]] = {
+    "explain": {"row": "URL or key of a row of the list."},
+    "inspect": {"dir": "Folder of the dataset (default: dataset)."},
+    "diff": {"a": "Folder of one build.", "b": "Folder of the other."},
+    "sql": {"query": "One SELECT."},
+    "verify": {"dir": "Folder of the dataset (default: dataset)."},
+}
+OPTIONS: dict[str, type] = {
+    "concepts": ConceptsConfig,
+    "explain": ExplainOptions,
+    "inspect": EngineOptions,
+    "diff": DiffOptions,
+    "sql": SqlOptions,
+    "verify": VerifyOptions,
+}
 INTERRUPTED = "curate: interrupted; what is done is kept, the same command continues\n"
 GRACE_S = 5.0
 # The disk's or the system's limits, which no row and no bug is to blame for.
@@ -118,22 +149,103 @@ def _run(arguments: list[str]) -> None:
         command = new_parser(description)
         if name in arguments[:1]:  # the options of the other commands are not asked for: --help stays quick
             add_config(command, OPTIONS.get(name, BuildConfig))
+        for word, text in ASKED.get(name, {}).items():
+            command.add_argument(word, type=str, nargs="?", metavar=word.upper(), help=text)
         commands.add_subcommand(name, command, help=description.partition("\n")[0])
     if not arguments:
         parser.print_help(sys.stderr)
         sys.exit(2)
     read = parse(parser, _with_recipe(arguments), {name: OPTIONS.get(name, BuildConfig) for name in COMMANDS})
-    stage = read["command"]
-    config: Any = as_config(read[stage], OPTIONS.get(stage, BuildConfig))
-    if isinstance(config, ConceptsConfig):
-        _concepts(config)
-        return
+    command = read["command"]
+    options: Any = as_config(read[command], OPTIONS.get(command, BuildConfig))
+    if isinstance(options, ConceptsConfig):
+        _concepts(options)
+    elif isinstance(options, BuildConfig):
+        from curate.build import build
 
-    from curate.build import build
+        build(options, [] if command == "build" else [command])
+        if command == "build":
+            _summary(options.out)
+    else:
+        _ask(command, [read[command].get(word) for word in ASKED[command]], options)
 
-    build(config, [] if stage == "build" else [stage])
-    if stage == "build":
-        _summary(config.out)
+
+def _ask(command: str, words: list[str | None], options: Any) -> None:
+    """Run a command that asks, and print the answer."""
+    if ASKED[command].keys() == {"dir"}:
+        words = [words[0] or "dataset"]
+    for name, word in zip(ASKED[command], words, strict=True):
+        if word is None:
+            raise ConfigError(f"{command}: {name.upper()} is needed; see curate {command} --help")
+    try:
+        ANSWERS[command](*words, options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _explain(row: str, options: ExplainOptions) -> None:
+    from curate.ask.explain import explain
+    from curate.ask.text import facts, show
+
+    for number, life in enumerate(explain(row, options)):
+        show(*([""] if number else []), life.title, *(facts(name, pairs) for name, pairs in life.sections.items()))
+
+
+def _inspect(folder: str, options: EngineOptions) -> None:
+    from curate.ask.overview import overview, shown
+    from curate.ask.text import show
+
+    show(*shown(overview(Path(folder), options), folder))
+
+
+def _diff(a: str, b: str, options: DiffOptions) -> None:
+    from curate.ask.diff import diff, shown
+    from curate.ask.text import show
+
+    show(*shown(diff(Path(a), Path(b), options), Path(a), Path(b)))
+
+
+def _sql(query: str, options: SqlOptions) -> None:
+    from curate.ask import sql
+    from curate.ask.text import show, table
+
+    if options.format == "parquet" and sys.stdout.isatty():
+        raise ConfigError("sql: --format parquet is not text; send it to a file: curate sql … > rows.parquet")
+    with sql.answer(query, options) as rows:
+        match options.format:
+            case "csv":
+                sql.write_csv(rows, options.limit, sys.stdout)
+            case "json":
+                sql.write_json(rows, options.limit, sys.stdout)
+            case "parquet":
+                sql.write_parquet(rows, options.limit, sys.stdout.buffer)
+            case _:
+                limit = sql.TABLE_ROWS if options.limit is None else options.limit
+                first, more = sql.first_rows(rows, limit)
+                show(table(rows.schema.names, first))
+                if more:
+                    print(f"curate: the first {limit:,} rows; --limit shows more", file=sys.stderr)
+
+
+def _verify(folder: str, options: VerifyOptions) -> None:
+    from curate.ask.text import show
+    from curate.ask.verify import shown, verify
+
+    found = verify(Path(folder), options)
+    show(*shown(found))
+    if number := len(found.faults) + found.more.total():
+        raise UnwantedResult(f"{folder}: {number:,} faults" if number > 1 else f"{folder}: 1 fault")
+
+
+ANSWERS: dict[str, Callable[..., None]] = {
+    "explain": _explain,
+    "inspect": _inspect,
+    "diff": _diff,
+    "sql": _sql,
+    "verify": _verify,
+}
 
 
 def _with_recipe(arguments: list[str]) -> list[str]:

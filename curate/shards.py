@@ -46,6 +46,7 @@ OFFSET_COLUMNS = (
 PLACES = ("image_offset", "caption_offset", "json_offset")
 FINGERPRINT = b"cliptailor.fingerprint"
 DIGEST = b"cliptailor.digest"
+NOTE = b"cliptailor.note."
 ROW_GROUP = 65_536
 # A shuffled dataset may have more tars than a process may hold open (1,024 by default).
 MAX_OPEN_TARS = 256
@@ -114,8 +115,18 @@ def write_parquet(table: pa.Table, path: Path, *, made_from: str) -> None:
     write_batches(table.to_batches(), table.schema, path, made_from=made_from)
 
 
-def write_batches(batches: Iterable[pa.RecordBatch], schema: pa.Schema, path: Path, *, made_from: str) -> None:
-    """`write_parquet` for more rows than memory should hold; how the rows are cut into batches changes nothing."""
+def write_batches(
+    batches: Iterable[pa.RecordBatch],
+    schema: pa.Schema,
+    path: Path,
+    *,
+    made_from: str,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """`write_parquet` for more rows than memory should hold; how the rows are cut into batches changes nothing.
+
+    `notes` are further words for the metadata: `notes(path)` reads them.
+    """
     import pyarrow.parquet as pq
 
     content = hashlib.sha256()
@@ -133,7 +144,8 @@ def write_batches(batches: Iterable[pa.RecordBatch], schema: pa.Schema, path: Pa
             file.write_table(rows)
         assert done is not None
         done.result()
-        file.add_key_value_metadata({FINGERPRINT: made_from.encode(), DIGEST: content.hexdigest()[:16].encode()})
+        said = {NOTE + name.encode(): text.encode() for name, text in (notes or {}).items()}
+        file.add_key_value_metadata(said | {FINGERPRINT: made_from.encode(), DIGEST: content.hexdigest()[:16].encode()})
 
 
 def _row_groups(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.Table]:
@@ -200,6 +212,12 @@ def made_from(path: Path) -> str | None:
     """The fingerprint a Parquet file of ours was written with; None if it is absent, broken or not ours."""
     value = _parquet_metadata(path).get(FINGERPRINT)
     return value.decode() if value else None
+
+
+def notes(path: Path) -> dict[str, str]:
+    """The further words that a Parquet file of ours carries in its metadata."""
+    said = _parquet_metadata(path).items()
+    return {name.removeprefix(NOTE).decode(): text.decode() for name, text in said if name.startswith(NOTE)}
 
 
 def digest(path: Path) -> str:

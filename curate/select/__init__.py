@@ -6,6 +6,7 @@ of drops. See docs/filters.md.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def run(
             selection = Selection(db, signals.get("clip", []), measured.clip, seed)
             _load(selection, out, plan, raw, steps, list(signals))
             _decide(selection, steps, pack)
-            _write(selection, ledger, made)
+            _write(selection, ledger, made, steps)
         return _count(ledger, made=True)
     return _count(ledger, made=False)
 
@@ -219,7 +220,7 @@ def _decide(selection: Selection, steps: Sequence[Step], pack: PackConfig) -> No
     place(selection, pack)
 
 
-def _write(selection: Selection, ledger: Path, made: str) -> None:
+def _write(selection: Selection, ledger: Path, made: str, steps: Sequence[Step]) -> None:
     db = selection.db
     db.execute("""
         CREATE TABLE ledger AS
@@ -235,7 +236,8 @@ def _write(selection: Selection, ledger: Path, made: str) -> None:
     _check(db)
     schema = ledger_schema()
     batches = arrow_batches(db, f"SELECT {', '.join(schema.names)} FROM ledger ORDER BY row")
-    write_batches((batch.cast(schema) for batch in batches), schema, ledger, made_from=made)
+    names = json.dumps([step.name for step in steps])  # `curate inspect` shows the steps in this order
+    write_batches((batch.cast(schema) for batch in batches), schema, ledger, made_from=made, notes={"filters": names})
 
 
 def _check(db: duckdb.DuckDBPyConnection) -> None:
