@@ -108,7 +108,7 @@ def _pack(config: BuildConfig) -> None:
     from curate import pack
 
     _needs(config.out / "ledger.parquet", "select")
-    result = pack.run(config.out, config.pack, config.seed)
+    result = pack.run(config.out, config.pack, config.seed, config.select)
     _say("pack", bool(result.made), f"{sum(result.samples.values()):,} samples")
 
 

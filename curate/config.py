@@ -206,7 +206,9 @@ class PackConfig:
     """How the kept samples are laid out."""
 
     shard_size: int = 5_000
-    """Most samples a packed shard; the last ones share what is left, so that none is a dwarf."""
+    """Most samples a packed shard; all of a split are of near-equal size, so that none is a dwarf."""
+    shard_bytes: int | None = None
+    """Most bytes a packed tar, such as 1000000000, in place of shard_size; only a single larger sample may pass it."""
     val: float = 0.05
     """Share of duplicate groups in the val split."""
     test: float = 0.05
@@ -217,6 +219,8 @@ class PackConfig:
 
     def __post_init__(self) -> None:
         _at_least("pack.shard_size", self.shard_size, 1)
+        if self.shard_bytes is not None:
+            _at_least("pack.shard_bytes", self.shard_bytes, 1)
         _at_least("pack.retain", self.retain, 0)
         if not (0 <= self.val < 1 and 0 <= self.test < 1 and self.val + self.test < 1):
             raise ConfigError(

@@ -7,13 +7,29 @@ left alone; so a killed run continues with the next one, and the bytes come out 
 
 from __future__ import annotations
 
+import tarfile
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import duckdb
+import numpy as np
 
 from curate.config import PackConfig, SelectConfig
-from curate.database import SPILL, arrow_table, connect, create_in_parts, files, literal, parts, scalar, seeded
+from curate.database import (
+    SPILL,
+    arrow_table,
+    column_types,
+    connect,
+    create_in_parts,
+    enough_memory,
+    files,
+    literal,
+    parts,
+    quoted,
+    scalar,
+    seeded,
+)
 from curate.errors import InputError
 from curate.progress import progress
 from curate.shards import (
@@ -30,6 +46,8 @@ from curate.shards import (
 from curate.signals import beside, files_of, groups_there
 
 FORMAT = 1
+# Characters of a number or true/false in JSON, at most.
+WIDEST_NUMBER = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,45 +80,59 @@ class Shard:
         return shard_name(self.index, self.split)
 
 
-def run(out: Path, config: PackConfig, seed: int) -> PackResult:
+def run(out: Path, config: PackConfig, seed: int, engine: SelectConfig | None = None) -> PackResult:
     """Write `out/shards/SPLIT-NNNNN.{tar,parquet}` for what the ledger keeps; remove shards that are no part of it.
 
     Args:
         out: the dataset's folder, with ledger and raw shards.
-        config: samples a shard.
+        config: samples or bytes a shard.
         seed: of the order.
+        engine: limits of the database that sorts the samples.
 
     Raises:
+        ConfigError: the limits are too low.
         InputError: there is no ledger, or the raw shards lack what it names.
     """
-    folder = out / "shards"
+    engine = engine or SelectConfig()
+    folder, ledger = out / "shards", out / "ledger.parquet"
+    if not ledger.exists():
+        raise InputError(f"{ledger}: not there; run `curate select` first")
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
-    samples = _kept(out / "ledger.parquet")
-    shards = [shard for split in SPLITS for shard in _cut(split, samples[split], config.shard_size)]
     raw = sorted((out / "raw").glob("[0-9]*.parquet"))
     signals = [path for group in groups_there(out) for path in files_of(out, group)]
     # The ledger says who is kept, the raw shards' own fingerprints which bytes that means.
-    inputs = [digest(out / "ledger.parquet"), *((made_from(path), digest(path)) for path in (*raw, *signals))]
+    inputs = [digest(ledger), *((made_from(path), digest(path)) for path in (*raw, *signals))]
     made = fingerprint("pack", FORMAT, inputs, asdict(config), seed)
-    _remove_stale(folder, shards)
-    missing = [shard for shard in shards if not _finished(folder / shard.name, made)]
-    if missing:
-        _write_all(out, missing, raw, seed, made)
+    with (
+        enough_memory(engine.memory_limit),
+        connect(engine.memory_limit, engine.threads, out / SPILL, [ledger, out / "raw", out / "signals"]) as db,
+    ):
+        samples = _kept(db, ledger)
+        if config.shard_bytes:
+            _place(db, ledger, seed)
+            shards = _cut_by_bytes(db, out, raw, config.shard_bytes)
+        else:
+            shards = [shard for split in SPLITS for shard in _cut(split, samples[split], config.shard_size)]
+        _remove_stale(folder, shards)
+        missing = [shard for shard in shards if not _finished(folder / shard.name, made)]
+        if missing and not raw:
+            raise InputError(f"{out / 'raw'}: no raw shards; run `curate build` again")
+        if missing:
+            _place(db, ledger, seed)
+            _load(db, out, raw)
+            _write_all(db, out, missing, raw, made)
     return PackResult(samples, len(shards), len(missing))
 
 
-def _kept(ledger: Path) -> dict[str, int]:
+def _kept(db: duckdb.DuckDBPyConnection, ledger: Path) -> dict[str, int]:
     """Samples of each split."""
-    import pyarrow.parquet as pq
-
-    if not ledger.exists():
-        raise InputError(f"{ledger}: not there; run `curate select` first")
-    counts = {
-        count["values"]: count["counts"]
-        for count in pq.read_table(ledger, columns=["split"])["split"].value_counts().to_pylist()
-    }
+    query = f"SELECT split, count(*) FROM read_parquet({files([ledger])}) WHERE kept GROUP BY split"
+    counts = dict(db.execute(query).fetchall())
     return {split: counts.get(split, 0) for split in SPLITS}
+
+
+# --- how the samples are cut into shards -----------------------------------------------------------------------------
 
 
 def _cut(split: str, num_samples: int, shard_size: int) -> list[Shard]:
@@ -110,6 +142,64 @@ def _cut(split: str, num_samples: int, shard_size: int) -> list[Shard]:
         Shard(split, index, num_samples * index // num_shards, num_samples * (index + 1) // num_shards)
         for index in range(num_shards)
     ]
+
+
+def _cut_by_bytes(db: duckdb.DuckDBPyConnection, out: Path, raw: list[Path], shard_bytes: int) -> list[Shard]:
+    """Shards of near-equal bytes, no tar over `shard_bytes`; eight bytes a sample are held in memory."""
+    tar = {path: number for number, path in enumerate(raw)}
+    db.execute("CREATE TABLE sizes (split_ VARCHAR, place_ BIGINT, size BIGINT)")
+    for part in parts(raw):
+        facts = _facts(out, {path: tar[path] for path in part})
+        size = f"SELECT split_, place_, {_bytes(db, facts, raw)} FROM ({facts}) WHERE image_offset IS NOT NULL"
+        db.execute(f"INSERT INTO sizes {size}")
+    _check_none_lacks(db, out, "sizes")
+    shards = []
+    for split in SPLITS:
+        query = f"SELECT size FROM sizes WHERE split_ = {literal(split)} ORDER BY place_"
+        bounds = cut_evenly(db.execute(query).fetchnumpy()["size"], shard_bytes - tarfile.RECORDSIZE)
+        shards += [Shard(split, index, start, end) for index, (start, end) in enumerate(pairwise(bounds))]
+    db.execute("DROP TABLE sizes")
+    return shards
+
+
+def _bytes(db: duckdb.DuckDBPyConnection, facts: str, raw: list[Path]) -> str:
+    """SQL for the bytes that a sample takes in a tar at most: three headers, image, caption, JSON.
+
+    The JSON is that of the raw shard, and what is new in it: null columns that it left out, group and signals.
+    """
+    before = column_types(db, f"read_parquet({files(raw[:1])})")
+    after = {name: kind for name, kind in column_types(db, f"({facts})").items() if name not in before}
+    texts = [name for name, kind in after.items() if kind == "VARCHAR"]
+    new = "".join(f" + coalesce(strlen(CAST(to_json({quoted(name)}) AS VARCHAR)), 4)" for name in texts)
+    known = sum(len(name.encode()) + len('"": null, ') for name in (*before, *after)) + WIDEST_NUMBER * len(after)
+    members = ("image_size", "caption_size", f"json_size + {known}{new}")
+    blocks = " + ".join(f"1 + ceil(({size}) / {tarfile.BLOCKSIZE}.0)" for size in members)
+    return f"{tarfile.BLOCKSIZE} * ({blocks})"
+
+
+def cut_evenly(sizes: np.ndarray, most: int) -> list[int]:
+    """Bounds of runs of near-equal sums, none over `most` but of a single item.
+
+    Args:
+        sizes: int64, N positive numbers.
+        most: of a run's sum.
+
+    Returns:
+        The first item of each run, and N at the end; `[0]` of nothing.
+    """
+    ends = np.cumsum(sizes)
+    total = int(ends[-1]) if len(ends) else 0
+    middles = ends - sizes / 2
+    number = max(1, -(-total // max(most, 1)))
+    while total:
+        inner = np.searchsorted(middles, np.arange(1, number) * (total / number))
+        bounds = np.unique([0, *inner, len(sizes)])
+        sums = np.diff(ends[bounds[1:] - 1], prepend=0)
+        if ((sums <= most) | (np.diff(bounds) == 1)).all():
+            return [int(bound) for bound in bounds]
+        # Twice as many are always enough: of items whose middles lie within w, the sum is at most 2 w.
+        number += 1 + number // 50
+    return [0]
 
 
 def _finished(stem: Path, made: str) -> bool:
@@ -124,14 +214,8 @@ def _remove_stale(folder: Path, shards: list[Shard]) -> None:
                 path.unlink()
 
 
-def _write_all(out: Path, shards: list[Shard], raw: list[Path], seed: int, made: str) -> None:
-    engine = SelectConfig()
-    allowed = [out / "ledger.parquet", out / "raw", out / "signals"]
-    with (
-        connect(engine.memory_limit, engine.threads, out / SPILL, allowed) as db,
-        progress("pack", len(shards)) as advance,
-    ):
-        _load(db, out, raw, seed)
+def _write_all(db: duckdb.DuckDBPyConnection, out: Path, shards: list[Shard], raw: list[Path], made: str) -> None:
+    with progress("pack", len(shards)) as advance:
         reader = MemberReader([path.with_suffix(".tar") for path in raw])
         try:
             for shard in shards:
@@ -141,19 +225,27 @@ def _write_all(out: Path, shards: list[Shard], raw: list[Path], seed: int, made:
             reader.close()
 
 
-def _load(db: duckdb.DuckDBPyConnection, out: Path, raw: list[Path], seed: int) -> None:
-    """Table `samples`: all facts of each kept row, in the order of the shards, with its `tar_` and `place_`."""
+def _place(db: duckdb.DuckDBPyConnection, ledger: Path, seed: int) -> None:
+    """Table `places`: key, group and split of each kept row, and its place in the split's shuffled order."""
     db.execute(f"""
-        CREATE TABLE places AS
+        CREATE TABLE IF NOT EXISTS places AS
         SELECT key, duplicate_group, split AS split_,
             row_number() OVER (PARTITION BY split ORDER BY {seeded(seed, "order")}, key) - 1 AS place_
-        FROM read_parquet({files([out / "ledger.parquet"])}) WHERE kept""")
+        FROM read_parquet({files([ledger])}) WHERE kept""")
+
+
+def _load(db: duckdb.DuckDBPyConnection, out: Path, raw: list[Path]) -> None:
+    """Table `samples`: all facts of each kept row, in the order of the shards, with its `tar_` and `place_`."""
     tar = {path: number for number, path in enumerate(raw)}
     queries = (_facts(out, {path: tar[path] for path in part}) for part in parts(raw))
     create_in_parts(db, "facts", queries)
     db.execute("CREATE TABLE samples AS SELECT * FROM facts WHERE image_offset IS NOT NULL ORDER BY split_, place_")
     db.execute("DROP TABLE facts")
-    if lacking := scalar(db, "SELECT (SELECT count(*) FROM places) - count(*) FROM samples"):
+    _check_none_lacks(db, out, "samples")
+
+
+def _check_none_lacks(db: duckdb.DuckDBPyConnection, out: Path, table: str) -> None:
+    if lacking := scalar(db, f"SELECT (SELECT count(*) FROM places) - count(*) FROM {table}"):
         raise InputError(f"{out / 'raw'}: lacks the images of {lacking} kept rows; run `curate build` again")
 
 
