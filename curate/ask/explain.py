@@ -23,6 +23,7 @@ REQUEST = ("status", "http_status", "error_message", "bytes", "format", "sha256"
 MOST_MEMBERS = 5
 # Below this likeness (Jaro–Winkler, 0 to 1) another URL is no help.
 LIKE = 0.85
+_BARE = "regexp_replace({}, '^[A-Za-z]+://(www[.])?', '')"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,10 @@ def _nearest(db: duckdb.DuckDBPyConnection, what: str) -> str:
         if begun:
             return f". Did you mean '{begun}'?"
     url, likeness = db.execute(
-        """SELECT arg_max(url, likeness), max(likeness)
-        FROM (SELECT url, jaro_winkler_similarity(url, ?) AS likeness FROM ledger WHERE url <> '')""",
+        f"""SELECT arg_max(url, likeness), max(likeness) FROM (
+            SELECT url, jaro_winkler_similarity({_BARE.format("url")}, {_BARE.format("?")}) AS likeness
+            FROM ledger WHERE url <> ''
+        )""",
         [what],
     ).fetchall()[0]
     if url and likeness >= LIKE:
