@@ -6,14 +6,21 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from curate import pack
-from curate.errors import InputError
+from curate.ask.arguments import VerifyOptions
+from curate.ask.verify import verify
+from curate.config import PackConfig, SelectConfig
+from curate.errors import ConfigError, InputError
 from curate.shards import SPLITS, ShardWriter, made_from, read_index, write_parquet
 from tests.curate.fetched import encoded, fetched, ledger, noise, pack_rows, row, select_rows
 
@@ -87,6 +94,84 @@ def test_shards_are_of_near_equal_size_and_none_is_a_dwarf():
         assert sum(sizes) == total
         assert len(sizes) == -(-total // 7)
         assert not sizes or (max(sizes) <= 7 and max(sizes) - min(sizes) <= 1)
+
+
+@pytest.mark.parametrize("most", [60_000, 100_000, 250_000, 5_000_000])
+def test_shards_by_bytes_are_full_but_never_over_and_none_is_a_dwarf(tmp_path, most):
+    rng = np.random.default_rng(0)
+    padding = [rng.bytes(int(size)) for size in rng.integers(0, 40_000, 60)]
+    rows = [
+        row(n, noise(n, 8), content=encoded(noise(n, 8)) + padding[n], caption='„ä\x01"quoted" ' * (n % 40))
+        for n in range(60)
+    ]
+    out = fetched(tmp_path / "out", rows, shard_size=25)
+    for path in (out / "raw").glob("*.parquet"):
+        keys = [line["key"] for line in pq.read_table(path).to_pylist() if line["status"] == "success"]
+        scores = pa.array([1 / 3 * 10**-number for number in range(len(keys))], pa.float32())
+        write_parquet(pa.table({"key": keys, "clip_score": scores}), out / "signals" / path.name, made_from="x")
+    select_rows(out, [], val=0.2)
+    result = pack_rows(out, shard_bytes=most, shard_size=1)
+    assert sum(result.samples.values()) == 60
+    for split in ("train", "val"):
+        tars = read_index(out, split).tars
+        sizes = [tar.stat().st_size for tar in tars]
+        assert max(sizes) <= most
+        assert len(sizes) == 1 or min(sizes) > max(sizes) / 2 - 45_000
+        total = sum(sizes)
+        assert len(sizes) <= 1 + 2 * total / most
+    assert not verify(out, VerifyOptions()).faults[1:]  # there is no manifest yet
+    before = content(out)
+    assert pack_rows(out, shard_bytes=most, shard_size=1).made == 0
+    again = tmp_path / "again"
+    shutil.copytree(out, again, ignore=shutil.ignore_patterns("shards"))
+    pack_rows(again, shard_bytes=most, shard_size=1)
+    assert content(again) == before
+
+
+@given(st.lists(st.integers(1, 1_000), max_size=80), st.integers(1, 3_000))
+def test_runs_of_near_equal_sums_hold_everything_once_and_none_is_over_but_alone(sizes, most):
+    bounds = pack.cut_evenly(np.array(sizes, np.int64), most)
+    assert bounds[0] == 0
+    assert bounds[-1] == len(sizes)
+    runs = [sizes[start:end] for start, end in pairwise(bounds)]
+    assert all(runs)
+    assert all(sum(run) <= most or len(run) == 1 for run in runs)
+    assert len(runs) <= 2 * sum(sizes) / most + 2
+    # Each run's end is within half an item of its even share of the whole.
+    if len(set(sizes)) == 1 and runs:
+        assert max(map(len, runs)) - min(map(len, runs)) <= 1
+
+
+def test_a_single_sample_over_the_limit_has_a_shard_of_its_own(tmp_path):
+    rows = [row(n, noise(n, 8), content=encoded(noise(n, 8)) + os.urandom(200_000 * (n == 4))) for n in range(10)]
+    out = fetched(tmp_path / "out", rows)
+    select_rows(out, [])
+    pack_rows(out, shard_bytes=100_000)
+    sizes = {tar: tar.stat().st_size for tar in read_index(out, "train").tars}
+    large = [tar for tar, size in sizes.items() if size > 100_000]
+    assert [pq.read_metadata(tar.with_suffix(".parquet")).num_rows for tar in large] == [1]
+
+
+def test_the_database_keeps_to_the_limits_that_are_set(out):
+    with pytest.raises(ConfigError, match=r"select\.memory_limit 'much'"):
+        pack.run(out, PackConfig(), 0, SelectConfig(memory_limit="much"))
+    with pytest.raises(ConfigError, match=r"select\.memory_limit 1MB: not enough"):
+        pack.run(out, PackConfig(), 0, SelectConfig(memory_limit="1MB", threads=1))
+    assert pack.run(out, PackConfig(), 0, SelectConfig(memory_limit="100MB", threads=1)).shards == 3
+
+
+def test_no_duplicate_group_lies_in_two_splits(tmp_path):
+    """Pictures in fives, each near its neighbour: whichever is kept and wherever, a group stays together."""
+    rows = [row(n, noise(n // 5), caption=f"picture {n}") for n in range(150)]
+    out = fetched(tmp_path / "out", rows, shard_size=40)
+    select_rows(out, [{"name": "some", "sample": {"count": 90}}], val=0.3, test=0.3)
+    pack_rows(out, shard_size=20)
+    splits = {}
+    for split in ("train", "val", "test"):
+        for line in rows_of(out, split):
+            assert splits.setdefault(line["sha256"], split) == split
+    assert set(splits.values()) == {"train", "val", "test"}
+    assert len(splits) > 20
 
 
 def test_the_order_is_shuffled_over_all_raw_shards_and_hangs_on_the_seed(out):
