@@ -90,7 +90,7 @@ def _measure(config: BuildConfig) -> None:
 
     _needs(config.out / "raw", "fetch")
     result = measure.run(config.out, config.measure)
-    what = f"{result.images:,} images looked at; {result.made:,} files made, {result.reused:,} were there"
+    what = f"{result.made:,} files of signals made, {result.reused:,} were there"
     _say("measure", bool(result.made), what)
 
 

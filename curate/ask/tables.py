@@ -19,6 +19,7 @@ from curate.ask.arguments import EngineOptions
 from curate.database import SPILL, column_types, connect, files, literal, quoted
 from curate.errors import InputError
 from curate.shards import SPLITS, made_from, notes
+from curate.signals import files_of, groups_there
 
 if TYPE_CHECKING:
     import duckdb
@@ -93,7 +94,7 @@ def _views(db: duckdb.DuckDBPyConnection, out: Path) -> Iterator[tuple[str, str]
         yield "planned", " UNION ALL BY NAME ".join(f"SELECT * FROM {_parquet(some)}" for some in planned)
     if raw := numbered(out / "raw"):
         yield "raw", f"FROM {_parquet(raw)}"
-    if groups := signal_groups(out):
+    if groups := [files_of(out, group) for group in groups_there(out)]:
         yield "signals", _joined(db, groups)
     if samples := packed(out):
         yield "samples", _samples(db, samples)
@@ -124,12 +125,6 @@ def _samples(db: duckdb.DuckDBPyConnection, paths: Sequence[Path]) -> str:
 def numbered(folder: Path) -> list[Path]:
     """The Parquet files of a stage, `00000.parquet` …, sorted."""
     return sorted(path for path in folder.glob("*.parquet") if path.stem.isdigit())
-
-
-def signal_groups(out: Path) -> list[list[Path]]:
-    """The files of each group of signals: those in `signals/` itself, and those of each folder in it."""
-    folders = [out / "signals", *sorted(path for path in (out / "signals").glob("*") if path.is_dir())]
-    return [some for folder in folders if (some := numbered(folder))]
 
 
 def packed(out: Path) -> list[Path]:
