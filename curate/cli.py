@@ -32,7 +32,7 @@ COMMANDS = {
         The same command again does what is left, and after a change of list or configuration what depends on it.""",
     "plan": "Read the list: stable ids, duplicates, and the filters that need no image.",
     "fetch": "Download the planned candidates into raw shards.",
-    "measure": "Embed the fetched images and captions with a CLIP (measure.clip).",
+    "measure": "Find out about images and captions: language, safety, CLIP embeddings, signals of your own.",
     "select": "Apply the filters and write the ledger.",
     "pack": "Write the kept samples into train, val, test and retain shards.",
     "report": "Write report.html, the data card and the manifest.",

@@ -66,7 +66,9 @@ def write_signals(out: Path) -> None:
     for path in (out / "raw").glob("*.parquet"):
         keys = [line["key"] for line in pq.read_table(path).to_pylist() if line["status"] == "success"]
         scores = pa.array([score(key) for key in keys], pa.float32())
-        write_parquet(pa.table({"key": keys, "clip_score": scores}), out / "signals" / path.name, made_from="raw")
+        write_parquet(
+            pa.table({"key": keys, "clip_score": scores}), out / "signals" / "clip" / path.name, made_from="raw"
+        )
 
 
 def score(key: str) -> float:

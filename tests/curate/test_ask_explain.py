@@ -113,12 +113,10 @@ def test_a_copy_with_ledger_and_shards_alone_still_tells_the_row(out: Path, tmp_
 
 def test_signals_in_groups_are_all_told(out: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(out, tmp_path / "copy"))
-    (copy / "signals" / "clip").mkdir()
-    for path in list((copy / "signals").glob("*.parquet")):
+    for path in list((copy / "signals" / "clip").glob("*.parquet")):
         table = pq.read_table(path)
         write_parquet(table.select(["key"]).append_column("letters", table["clip_score"]), copy / "signals" / "text"
                       / path.name, made_from="x")  # fmt: skip
-        path.rename(copy / "signals" / "clip" / path.name)
     line = line_of(copy, kept_row(copy))
     signals = dict(life(copy, line["row"]).sections["signals"])
     assert signals == {"clip_score": pytest.approx(score(line["key"])), "letters": pytest.approx(score(line["key"]))}

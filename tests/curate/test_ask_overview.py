@@ -51,7 +51,7 @@ def test_reasons_and_hosts_are_counted(out: Path) -> None:
 def test_distributions_are_of_the_kept_beside_the_dropped(out: Path) -> None:
     found = {name: figures for name, *figures in overview(out, EngineOptions()).distributions}
     ledger = pd.read_parquet(out / "ledger.parquet")
-    signals = pd.concat(pd.read_parquet(path) for path in (out / "signals").glob("*.parquet"))
+    signals = pd.concat(pd.read_parquet(path) for path in (out / "signals" / "clip").glob("*.parquet"))
     joined = ledger.merge(signals, on="key")
     kept, dropped = joined.clip_score[joined.kept], joined.clip_score[~joined.kept]
     count, low, median, high, median_dropped = found["clip_score"]
