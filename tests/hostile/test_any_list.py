@@ -61,7 +61,7 @@ def ledger_of(out, table, config):
     if found.candidates:
         asyncio.run(make())
     measure.run(out, MeasureConfig())
-    select.run(out, [], SelectConfig(memory_limit="300MB", threads=1), PackConfig(), None, 0)
+    select.run(out, [], SelectConfig(memory_limit="300MB", threads=1), PackConfig(), MeasureConfig(text=False), 0)
     return pq.read_table(out / "ledger.parquet").to_pylist()
 
 
