@@ -1,4 +1,4 @@
-"""Rows dealt into buckets on disk by a hash of their URL: what is then done bucket by bucket takes bounded memory."""
+"""Rows dealt into buckets on disk, by a hash of their URL or by their place: what is done on one has bounded memory."""
 
 from __future__ import annotations
 
@@ -39,15 +39,21 @@ class Buckets:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def deal(self, db: duckdb.DuckDBPyConnection, name: str, queries: Sequence[str]) -> int:
-        """Deal the rows of some queries into buckets by their URL; gives back how many there were."""
+    def deal(
+        self, db: duckdb.DuckDBPyConnection, name: str, queries: Sequence[str], bucket_sql: str | None = None
+    ) -> int:
+        """Deal the rows of some queries into buckets; gives back how many there were.
+
+        `bucket_sql` is the number of a row's bucket; by its URL where it is not given.
+        """
         import pyarrow as pa
 
         num_rows = 0
+        number = bucket_sql or bucket_of(self.num_buckets)
         with ExitStack() as stack:
             streams: dict[int, pa.RecordBatchStreamWriter] = {}
             for query in queries:
-                batches = arrow_batches(db, f"SELECT *, {bucket_of(self.num_buckets)} AS bucket_ FROM ({query})")
+                batches = arrow_batches(db, f"SELECT *, {number} AS bucket_ FROM ({query})")
                 for bucket, table in _sorted_into_buckets(batches):
                     if bucket not in streams:
                         self._schemas[name] = table.schema

@@ -1,27 +1,29 @@
 """The ledger and the raw shards → the dataset: shuffled, split, in shards of near-equal size.
 
-The order is a seeded hash of the keys, so a sample's place depends on nothing but the list and the seed. Images are
-copied byte for byte, by their offsets in the raw tars, one shard at a time. A shard whose fingerprint is right is
+The order is a seeded hash of the keys, so a sample's place depends on nothing but the list and the seed. The facts are
+dealt into buckets on disk by their place, and sorted bucket by bucket, so memory does not grow with the dataset. Images
+are copied byte for byte, by their offsets in the raw tars, one shard at a time. A shard whose fingerprint is right is
 left alone; so a killed run continues with the next one, and the bytes come out the same.
 """
 
 from __future__ import annotations
 
 import tarfile
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import duckdb
 import numpy as np
 
+from curate.buckets import Buckets
 from curate.config import PackConfig, SelectConfig
 from curate.database import (
     SPILL,
-    arrow_table,
     column_types,
     connect,
-    create_in_parts,
     enough_memory,
     files,
     literal,
@@ -45,9 +47,16 @@ from curate.shards import (
 )
 from curate.signals import beside, files_of, groups_there
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 FORMAT = 1
 # Characters of a number or true/false in JSON, at most.
 WIDEST_NUMBER = 30
+# Rows of raw shards that are joined with their places at once.
+JOINED_AT_ONCE = 200_000
+# Samples in a bucket, while there are not so many that the open files would be too many.
+DEALT, MOST_BUCKETS, DEALT_IN = 32_768, 256, ".pack"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +129,7 @@ def run(out: Path, config: PackConfig, seed: int, engine: SelectConfig | None = 
             raise InputError(f"{out / 'raw'}: no raw shards; run `curate build` again")
         if missing:
             _place(db, ledger, seed)
-            _load(db, out, raw)
-            _write_all(db, out, missing, raw, made)
+            _write_all(db, out, missing, samples, raw, made)
     return PackResult(samples, len(shards), len(missing))
 
 
@@ -148,11 +156,11 @@ def _cut_by_bytes(db: duckdb.DuckDBPyConnection, out: Path, raw: list[Path], sha
     """Shards of near-equal bytes, no tar over `shard_bytes`; eight bytes a sample are held in memory."""
     tar = {path: number for number, path in enumerate(raw)}
     db.execute("CREATE TABLE sizes (split_ VARCHAR, place_ BIGINT, size BIGINT)")
-    for part in parts(raw):
+    for part in _few(raw):
         facts = _facts(out, {path: tar[path] for path in part})
         size = f"SELECT split_, place_, {_bytes(db, facts, raw)} FROM ({facts}) WHERE image_offset IS NOT NULL"
         db.execute(f"INSERT INTO sizes {size}")
-    _check_none_lacks(db, out, "sizes")
+    _check_none_lacks(out, scalar(db, "SELECT (SELECT count(*) FROM places) - count(*) FROM sizes"))
     shards = []
     for split in SPLITS:
         query = f"SELECT size FROM sizes WHERE split_ = {literal(split)} ORDER BY place_"
@@ -214,15 +222,70 @@ def _remove_stale(folder: Path, shards: list[Shard]) -> None:
                 path.unlink()
 
 
-def _write_all(db: duckdb.DuckDBPyConnection, out: Path, shards: list[Shard], raw: list[Path], made: str) -> None:
-    with progress("pack", len(shards)) as advance:
-        reader = MemberReader([path.with_suffix(".tar") for path in raw])
+def _write_all(
+    db: duckdb.DuckDBPyConnection,
+    out: Path,
+    shards: list[Shard],
+    samples: dict[str, int],
+    raw: list[Path],
+    made: str,
+) -> None:
+    """Deal the samples into buckets by their place in the order, then write shard by shard, bucket by bucket."""
+    total = sum(samples.values())
+    number = min(MOST_BUCKETS, -(-total // DEALT))
+    reader = MemberReader([path.with_suffix(".tar") for path in raw])
+    with Buckets(out / DEALT_IN, number) as buckets, progress("pack", len(shards)) as advance:
+        ordered = _Ordered(buckets, -(-total // number), samples)
+        ordered.deal(db, out, raw)
         try:
             for shard in shards:
-                _write(db, out / "shards" / shard.name, shard, reader, made)
+                _write(out / "shards" / shard.name, ordered.table(shard), reader, made)
                 advance(1, samples=shard.end - shard.start)
         finally:
             reader.close()
+
+
+@dataclass(slots=True)
+class _Ordered:
+    """All facts of the samples in the order of the shards, split after split, `each` of them in a bucket on disk."""
+
+    buckets: Buckets
+    each: int
+    samples: dict[str, int]
+    held: dict[int, pa.Table] = field(default_factory=dict)
+
+    def deal(self, db: duckdb.DuckDBPyConnection, out: Path, raw: list[Path]) -> None:
+        tar = {path: number for number, path in enumerate(raw)}
+        first = " ".join(f"WHEN {literal(split)} THEN {self._first(split)}" for split in SPLITS)
+        queries = [
+            f"""SELECT *, CASE split_ {first} END + place_ AS order_
+            FROM ({_facts(out, {path: tar[path] for path in part})}) WHERE image_offset IS NOT NULL"""
+            for part in _few(raw)
+        ]
+        dealt = self.buckets.deal(db, "samples", queries, f"CAST(order_ // {self.each} AS INTEGER)")
+        _check_none_lacks(out, sum(self.samples.values()) - dealt)
+
+    def table(self, shard: Shard) -> pa.Table:
+        """The rows of a shard; the buckets that it does not touch are let go."""
+        import pyarrow as pa
+
+        start, end = self._first(shard.split) + shard.start, self._first(shard.split) + shard.end
+        touched = range(start // self.each, (end - 1) // self.each + 1)
+        self.held = {number: self.held[number] if number in self.held else self._sorted(number) for number in touched}
+        slices = []
+        for number, table in self.held.items():
+            low, high = (min(max(place - number * self.each, 0), table.num_rows) for place in (start, end))
+            slices.append(table.slice(low, high - low))
+        return pa.concat_tables(slices)
+
+    def _sorted(self, number: int) -> pa.Table:
+        table = self.buckets.read("samples", number)
+        assert table is not None, f"bucket {number} of {self.buckets.num_buckets} is empty"
+        return table.sort_by("order_")
+
+    def _first(self, split: str) -> int:
+        """The place of a split's first sample in the order of all."""
+        return sum(self.samples[before] for before in SPLITS[: SPLITS.index(split)])
 
 
 def _place(db: duckdb.DuckDBPyConnection, ledger: Path, seed: int) -> None:
@@ -234,18 +297,25 @@ def _place(db: duckdb.DuckDBPyConnection, ledger: Path, seed: int) -> None:
         FROM read_parquet({files([ledger])}) WHERE kept""")
 
 
-def _load(db: duckdb.DuckDBPyConnection, out: Path, raw: list[Path]) -> None:
-    """Table `samples`: all facts of each kept row, in the order of the shards, with its `tar_` and `place_`."""
-    tar = {path: number for number, path in enumerate(raw)}
-    queries = (_facts(out, {path: tar[path] for path in part}) for part in parts(raw))
-    create_in_parts(db, "facts", queries)
-    db.execute("CREATE TABLE samples AS SELECT * FROM facts WHERE image_offset IS NOT NULL ORDER BY split_, place_")
-    db.execute("DROP TABLE facts")
-    _check_none_lacks(db, out, "samples")
+def _few(raw: list[Path]) -> Iterator[list[Path]]:
+    """A few raw shards at a time: a join holds their rows, not all of `places`."""
+    import pyarrow.parquet as pq
+
+    for part in parts(raw):
+        some: list[Path] = []
+        num_rows = 0
+        for path in part:
+            more = pq.read_metadata(path).num_rows
+            if some and num_rows + more > JOINED_AT_ONCE:
+                yield some
+                some, num_rows = [], 0
+            some.append(path)
+            num_rows += more
+        yield some
 
 
-def _check_none_lacks(db: duckdb.DuckDBPyConnection, out: Path, table: str) -> None:
-    if lacking := scalar(db, f"SELECT (SELECT count(*) FROM places) - count(*) FROM {table}"):
+def _check_none_lacks(out: Path, lacking: int) -> None:
+    if lacking:
         raise InputError(f"{out / 'raw'}: lacks the images of {lacking} kept rows; run `curate build` again")
 
 
@@ -258,14 +328,9 @@ def _facts(out: Path, tar: dict[Path, int]) -> str:
     return f"SELECT * FROM {facts} JOIN places USING (key)"
 
 
-def _write(db: duckdb.DuckDBPyConnection, stem: Path, shard: Shard, reader: MemberReader, made: str) -> None:
+def _write(stem: Path, table: pa.Table, reader: MemberReader, made: str) -> None:
     stem.with_suffix(".parquet").unlink(missing_ok=True)  # an old one must not stand beside the new tar
-    ours = (*OFFSET_COLUMNS, "tar_", "split_", "place_")
-    table = arrow_table(
-        db,
-        f"""SELECT * FROM samples WHERE split_ = {literal(shard.split)}
-        AND place_ >= {shard.start} AND place_ < {shard.end} ORDER BY place_""",
-    )
+    ours = (*OFFSET_COLUMNS, "tar_", "split_", "place_", "order_")
     facts = table.drop_columns(list(ours))
     with ShardWriter(stem, facts.schema, made_from=made) as writer:
         for row, place in zip(facts.to_pylist(), table.select(list(ours)).to_pylist(), strict=True):
