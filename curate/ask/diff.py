@@ -248,11 +248,14 @@ def shown(found: Difference, a: Path, b: Path) -> list[Any]:
         (stage, step, *(value for own in (in_a, in_b) for value in ((own.dropped, own.left) if own else (None, None))))
         for stage, step, in_a, in_b in found.funnel
     ]
-    answers += [table(("stage", "step", "A dropped", "A left", "B dropped", "B left"), funnels, "funnel"), ""]
+    answers += [
+        table(("stage", "step", "A dropped", "A left", "B dropped", "B left"), funnels, "funnel", grouped=True),
+        "",
+    ]
     if not found.flips:
         return [*answers, "every row was decided the same"]
     counted = [(KINDS[flip.kind], flip.decided, flip.rows) for flip in found.flips]
-    answers += [table(("what", "decided by", "rows"), counted, "rows that differ")]
+    answers += [table(("what", "decided by", "rows"), counted, "rows that differ", grouped=True)]
     for flip in found.flips:
         if flip.examples:
             lines = [(row["key"], row["value"], row["url"], row["caption"]) for row in flip.examples]

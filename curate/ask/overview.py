@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import duckdb
 
 MOST = 10
-HOST = r"regexp_extract(url, '^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#@]*@)?([^/?#:]+)', 1)"
+# Of user:password@host:port, as between :// and the path; an address of IPv6 keeps its brackets.
+HOST = r"regexp_extract(site, '^(?:[^@]*@)?(\[[^\]]*\]|[^?#:]+)', 1)"
 NUMBERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
 # Numbers that are names, places or codes: their median says nothing.
 NO_QUANTITY = frozenset((*OFFSET_COLUMNS, "row", "phash", "http_status", "source_offset", "source_size"))
@@ -114,11 +115,12 @@ def _reasons(db: duckdb.DuckDBPyConnection) -> list[tuple[str, str, int, str]]:
 def _hosts(db: duckdb.DuckDBPyConnection) -> list[tuple[str, int, int, str | None]]:
     return db.execute(f"""
         WITH counted AS (
-            SELECT lower({HOST}) AS host, coalesce(reason, '') AS reason, count(*) AS n FROM ledger GROUP BY ALL
-        )
-        SELECT host, CAST(sum(n) AS BIGINT) AS listed, CAST(sum(n) FILTER (reason = '') AS BIGINT),
+            SELECT split_part(url, '/', 3) AS site, coalesce(reason, '') AS reason, count(*) AS n
+            FROM ledger GROUP BY ALL
+        ), named AS (SELECT lower({HOST}) AS host, reason, CAST(sum(n) AS BIGINT) AS n FROM counted GROUP BY ALL)
+        SELECT host, CAST(sum(n) AS BIGINT) AS listed, CAST(coalesce(sum(n) FILTER (reason = ''), 0) AS BIGINT),
             arg_max(reason, (n, reason)) FILTER (reason <> '')
-        FROM counted WHERE host <> '' GROUP BY host ORDER BY listed DESC, host LIMIT {MOST}""").fetchall()
+        FROM named WHERE host <> '' GROUP BY host ORDER BY listed DESC, host LIMIT {MOST}""").fetchall()
 
 
 def _distributions(db: duckdb.DuckDBPyConnection) -> list[tuple[str, int, float, float, float, float | None]]:
@@ -178,17 +180,25 @@ def shown(found: Overview, title: str) -> list[Any]:
     rows_in = ("list", "rows in", None, found.rows, share(found.rows, found.rows), "")
     kept = [(split, number, share(number, found.rows)) for split, number in found.splits.items()]
     answers: list[Any] = [
-        table(("stage", "step", "dropped", "left", "share", ""), [rows_in, *steps], title),
+        table(("stage", "step", "dropped", "left", "share", ""), [rows_in, *steps], title, grouped=True),
         f"{found.rows:,} rows in = {found.kept:,} kept + {found.rows - found.kept:,} dropped\n",
-        table(("split", "rows", "share of the list"), kept, "splits"),
+        table(("split", "rows", "share of the list"), kept, "splits", grouped=True),
     ]
     if found.reasons:
-        answers += ["", table(("stage", "reason", "rows", "what it means"), found.reasons, "why rows were dropped")]
+        answers += [
+            "",
+            table(("stage", "reason", "rows", "what it means"), found.reasons, "why rows were dropped", grouped=True),
+        ]
     if found.hosts:
-        answers += ["", table(("host", "rows", "kept", "most often dropped for"), found.hosts, "hosts with most rows")]
+        answers += [
+            "",
+            table(
+                ("host", "rows", "kept", "most often dropped for"), found.hosts, "hosts with most rows", grouped=True
+            ),
+        ]
     if found.distributions:
         columns = ("column", "kept rows", "5 %", "median", "95 %", "median of dropped")
-        answers += ["", table(columns, found.distributions, "values")]
+        answers += ["", table(columns, found.distributions, "values", grouped=True)]
     return answers
 
 

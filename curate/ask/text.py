@@ -40,8 +40,8 @@ def cell(value: Any) -> str:
     return visible(" ".join(str(value).split()))
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> Group:
-    """A table; columns of numbers stand to the right."""
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "", *, grouped: bool = False) -> Group:
+    """A table; columns of numbers stand to the right, with their thousands apart where `grouped`."""
     rows = list(rows)
     drawn = Table(box=box.SIMPLE_HEAD if sys.stdout.isatty() else None, pad_edge=False, padding=(0, 2, 0, 0))
     for place, name in enumerate(columns):
@@ -49,7 +49,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = ""
         numeric = bool(values) and all(isinstance(value, RIGHT) and not isinstance(value, bool) for value in values)
         drawn.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*(Text(cell(value)) for value in row))
+        drawn.add_row(*(Text(f"{value:,}" if grouped and type(value) is int else cell(value)) for value in row))
     return _titled(title, drawn)
 
 
