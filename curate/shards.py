@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from curate.errors import InputError, did_you_mean
+from curate.ustar import header
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -238,28 +239,6 @@ def file_sha256(path: Path) -> str:
 # --- writing a shard -------------------------------------------------------------------------------------------------
 
 
-def _header(name: str, size: int) -> bytes:
-    """The USTAR header of a regular file, as tarfile writes it; mtime, uid, gid stay 0: equal samples, equal bytes."""
-    encoded = name.encode("utf-8", "surrogateescape")
-    if len(encoded) > 100 or size >= 8**11:
-        return _tar_info(name, size).tobuf(tarfile.USTAR_FORMAT)
-    octal = b"%011o" % size
-    # The checksum is of all bytes, its own eight taken as spaces.
-    checksum = b"%06o\0 " % (_TEMPLATE_SUM + sum(encoded) + sum(octal))
-    return b"".join(
-        (encoded.ljust(100, b"\0"), _TEMPLATE[100:124], octal, _TEMPLATE[135:148], checksum, _TEMPLATE[156:])
-    )
-
-
-def _tar_info(name: str, size: int) -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.size = size
-    info.mode = 0o644
-    return info
-
-
-_TEMPLATE = _tar_info("", 0).tobuf(tarfile.USTAR_FORMAT)
-_TEMPLATE_SUM = sum(_TEMPLATE[:148]) + 8 * ord(" ") + sum(_TEMPLATE[156:]) - sum(b"%011o" % 0)
 _AS_JSON = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True).encode
 
 
@@ -310,7 +289,7 @@ class ShardWriter:
             for what, extension, content in members:
                 places[f"{what}_offset"], places[f"{what}_size"] = self._end + tarfile.BLOCKSIZE, len(content)
                 padding = -len(content) % tarfile.BLOCKSIZE
-                blocks += (_header(f"{row['key']}.{extension}", len(content)), content, bytes(padding))
+                blocks += (header(f"{row['key']}.{extension}", len(content)), content, bytes(padding))
                 self._end += tarfile.BLOCKSIZE + len(content) + padding
             self._file.write(b"".join(blocks))  # at once: a write for each costs more than the copy
         self._rows.append({**row, **places})

@@ -153,6 +153,19 @@ def jpeg(number: int, width: int = 320, height: int = 240, **options: Any) -> by
     return content.getvalue()
 
 
+def _any_row(rng: random.Random, number: int) -> dict[str, Any]:
+    width, height = rng.randrange(200, 1200), rng.randrange(200, 900)
+    return {
+        "key": f"{number:020x}",
+        "caption": " ".join(["a", "picture", *["word"] * rng.randrange(1, 14), str(number % 40)]),
+        "url": f"http://host{rng.randrange(20)}.example.org/{number}.jpg",
+        "image": jpeg(number, 160, 120),
+        "width": width,
+        "height": height,
+        "clip_score": rng.gauss(0.28, 0.04),
+    }
+
+
 def example_rows(each: int = 12) -> list[Row]:
     """Rows kept in each split, and dropped by each stage and step of FILTERS."""
     rng = random.Random(7)
@@ -160,17 +173,7 @@ def example_rows(each: int = 12) -> list[Row]:
 
     def add(count: int, **what: Any) -> None:
         for place in range(count):
-            number = len(rows)
-            width, height = rng.randrange(200, 1200), rng.randrange(200, 900)
-            told: dict[str, Any] = {
-                "key": f"{number:020x}",
-                "caption": " ".join(["a", "picture", *["word"] * rng.randrange(1, 14), str(number % 40)]),
-                "url": f"http://host{rng.randrange(20)}.example.org/{number}.jpg",
-                "image": jpeg(number, 160, 120),
-                "width": width,
-                "height": height,
-                "clip_score": rng.gauss(0.28, 0.04),
-            }
+            told = _any_row(rng, len(rows))
             rows.append(
                 Row(**{**told, **{name: each(place) if callable(each) else each for name, each in what.items()}})
             )

@@ -63,9 +63,13 @@ def unbroken(config, tmp_path_factory) -> Path:
     return out
 
 
+def loaded(path):
+    return torch.load(path, weights_only=True)  # noqa: TID251 - written by the tests
+
+
 def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
     path = run / "checkpoints" / f"{name}.ckpt"
-    return torch.load(path, weights_only=True)["state_dict"]  # noqa: TID251 - written by this test
+    return loaded(path)["state_dict"]
 
 
 def assert_same_run(run: Path, unbroken: Path) -> None:
@@ -128,7 +132,7 @@ def test_metrics_csv_has_one_row_a_step_and_validation_in_lightnings_columns(unb
 def test_the_best_checkpoint_is_the_one_with_the_best_monitored_metric(unbroken):
     with (unbroken / "metrics.csv").open() as file:
         values = {int(r["step"]): float(r["val/image_to_text/recall@1"]) for r in csv.DictReader(file) if r["val/loss"]}
-    best = torch.load(unbroken / "checkpoints" / "best.ckpt", weights_only=True)  # noqa: TID251 - written by this test
+    best = loaded(unbroken / "checkpoints" / "best.ckpt")
     assert values[best["global_step"] - 1] == max(values.values())
 
 
@@ -219,7 +223,7 @@ def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(config, unbroken
             fit(config)
     assert getattr(caught.value, "code", None) == status
     assert "the same command continues it" in caplog.text
-    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)  # noqa: TID251 - written by this test
+    saved = loaded(tmp_path / "checkpoints" / "last.ckpt")
     assert saved["global_step"] == 8
     assert signal.getsignal(number) is original
     assert fit(config).resumed
@@ -384,7 +388,7 @@ def test_random_states_come_back_through_a_safely_loaded_file(tmp_path):
     torch.save(random_state(), tmp_path / "state.pt")
     expected = draw()
     draw()
-    set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))  # noqa: TID251 - written above
+    set_random_state(loaded(tmp_path / "state.pt"))
     assert draw() == expected
 
 
