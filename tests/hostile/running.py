@@ -99,7 +99,8 @@ class Memory:
             for child in set(children()) - self._before:
                 peak = peak_mb(child)
                 if peak is not None:
-                    self.peaks[child] = max(peak, self.peaks.get(child, 0.0))
+                    # The kernel keeps the peak; and a first look may still see this process, which the child was.
+                    self.peaks[child] = peak
 
 
 def children(of: int | None = None) -> list[int]:
