@@ -3,7 +3,8 @@
     python benchmarks/select.py             0.1, 1 and 10 million rows; embeddings of 0.05, 0.2 and 1 million images
     python benchmarks/select.py --quick     0.1 and 1 million rows; 0.05 million embeddings
 
-    metadata    the default recipe without its `near`: lengths, sides, flatness, equal bytes; and the ledger written
+    metadata    the default recipe, but `near` and what text signals decide: lengths, sides, flatness, equal bytes; and
+                the ledger written
     phash       all near duplicates at distance 4, of hashes of which a tenth are near copies and 20,000 are one crowd
     semantic    embeddings of 512 numbers with a cosine of at least 0.95, of which a tenth have one
 
@@ -45,7 +46,7 @@ from curate import select
 from curate.config import MeasureConfig, PackConfig, SelectConfig
 from curate.filters import parse_steps
 recipe = yaml.safe_load((resources.files("curate") / "recipes" / "default.yaml").read_text())
-steps = parse_steps([step for step in recipe["filters"] if step["name"] != "near"])
+steps = parse_steps([step for step in recipe["filters"] if step["name"] not in ("near", "a_caption")])
 def work():
     nothing = MeasureConfig(text=False)
     result = select.run(Path(sys.argv[1]), steps, SelectConfig(memory_limit="2GB"), PackConfig(), nothing, 0)
