@@ -324,12 +324,13 @@ def by_halves(body: bytes) -> RGB:
     return np.asarray(cv2.resize(double, (wide, high), interpolation=cv2.INTER_AREA), np.uint8)
 
 
+OUR_WAY = "turbo halves"  # the others are a library's, one call each for decoding and resizing
 WAYS: dict[str, Callable[[bytes], RGB]] = {
     "opencv": by_opencv,
     "turbo 1x": partial(by_scaled_decode, margin=1.0),
     "turbo 1.5x": partial(by_scaled_decode, margin=1.5),
     "turbo 2x": partial(by_scaled_decode, margin=2.0),
-    "turbo halves": by_halves,
+    OUR_WAY: by_halves,
 }
 
 
@@ -353,9 +354,9 @@ def codec_rates(bodies: list[bytes], runs: int) -> dict[str, tuple[float, float]
     return {name: (len(bodies) / statistics.median(took_s[name]), closeness[name]) for name in WAYS}
 
 
-def codec_limit(rates: dict[str, tuple[float, float]]) -> tuple[str, float]:
-    """The fastest way whose pictures are those that are wanted."""
-    return max(((name, rate) for name, (rate, psnr) in rates.items() if psnr >= SAME_DB), key=lambda one: one[1])
+def codec_limit(rates: dict[str, tuple[float, float]], *, ours: bool = True) -> float:
+    """Images per CPU-second of the fastest way whose pictures are those that are wanted, with or without our own."""
+    return max(rate for name, (rate, psnr) in rates.items() if psnr >= SAME_DB and (ours or name != OUR_WAY))
 
 
 # --- the comparison --------------------------------------------------------------------------------------------------
@@ -468,8 +469,9 @@ def compare(setting: Setting) -> dict[str, float]:
         rates = codec_rates(bodies, setting.runs)
         show_codecs(rates)
     found = {**asdict(setting), "mean_kb": mean_kb, **figures(costs, setting)}
-    found["codec_per_cpu_s"] = codec_limit(rates)[1]
+    found["codec_per_cpu_s"] = codec_limit(rates)
     found["codec_share"] = found["curate_resize_per_cpu_s"] / found["codec_per_cpu_s"]
+    found["codec_share_library"] = found["curate_resize_per_cpu_s"] / codec_limit(rates, ours=False)
     return {name: round(value, 2) for name, value in found.items()}
 
 

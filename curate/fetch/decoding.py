@@ -1,8 +1,8 @@
 """Bodies → pictures, in threads: the codecs release the GIL. Bounded in memory, and proof against a codec that crashes.
 
-A small JPEG is decoded on the event loop itself: two milliseconds, where a thread would take three, because each call
-into a codec gives the interpreter's lock away and waits to get it back. A process is one core's worth of work then;
-there is one for each core.
+A small JPEG is decoded on the event loop itself: two milliseconds on average, where a thread would take three, because
+each call into a codec gives the interpreter's lock away and waits to get it back. A process is one core's worth of
+work then; there is one for each core.
 
 What is being decoded is noted beside the shard, in a file of one slot a thread. A codec that crashes takes the whole
 worker along; on the shard's second try the images that stood there are decoded in a process of their own, one each, so
@@ -35,7 +35,7 @@ THREADS = 2
 DECODED_BYTES = 96 << 20
 SLOT_BYTES = 64
 # What is larger goes to a thread.
-AT_ONCE_BYTES = 256 << 10
+AT_ONCE_BYTES = 1 << 20
 ALONE_S = 60.0
 
 

@@ -18,8 +18,8 @@ from curate.ledger import Reason
 SNIFF_BYTES = 32
 # What decoding one image may take, in bytes: a worker decodes one of that size at a time, and stays below 400 MB.
 MOST_MEMORY = 150_000_000
-# A JPEG of so many decodes in up to ten milliseconds.
-SMALL_PIXELS = 2_000_000
+# A JPEG of so many decodes in up to 25 milliseconds.
+SMALL_PIXELS = 4_000_000
 # Bytes a pixel that decoding to 8-bit RGB takes: the decoder's own buffers, Pillow's image, and the result.
 _BYTES_A_PIXEL = {"jpeg": 3, "png": 7, "bmp": 7, "gif": 8, "tiff": 11, "webp": 7, "avif": 10.5, "heic": 8}
 # A WebP of several frames, or with transparency: the bits that say so (the same in VP8X and VP8L), and the bytes.

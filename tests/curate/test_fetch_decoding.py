@@ -45,7 +45,7 @@ def picture_of(tmp_path, monkeypatch, content, config):
     [
         ((640, 480), {"format": "JPEG"}, True),
         ((640, 480), {"format": "JPEG", "progressive": True}, False),
-        ((2000, 1100), {"format": "JPEG"}, False),
+        ((2300, 1800), {"format": "JPEG"}, False),
         ((64, 48), {"format": "PNG"}, False),
     ],
 )
