@@ -74,7 +74,7 @@ def _fetch(config: BuildConfig) -> None:
     from curate import fetch
 
     _needs(config.out / "plan", "plan")
-    result = fetch.run(config.out, config.fetch, retry_failed=config.retry_failed)
+    result = fetch.run(config.out, config.fetch, retry_failed=config.retry_failed, executor=config.executor)
     arrived, total = result.counts.get("success", 0), sum(result.counts.values())
     failed = {reason: count for reason, count in result.counts.items() if reason != "success"}
     _say("fetch", bool(result.made), f"{arrived:,} of {total:,} images arrived")
