@@ -30,6 +30,10 @@ def build(config: BuildConfig, stages: Sequence[str] = ()) -> None:
             arrive or nothing was kept to train on.
     """
     _check_filters(config)
+    if config.executor == "ray":
+        from curate.executor import cluster
+
+        cluster.check_installed()
     chosen = [name for name in STAGES if name in stages] or list(STAGES)
     if "plan" in chosen and not config.urls:
         raise ConfigError(
@@ -89,7 +93,7 @@ def _measure(config: BuildConfig) -> None:
     from curate import measure
 
     _needs(config.out / "raw", "fetch")
-    result = measure.run(config.out, config.measure)
+    result = measure.run(config.out, config.measure, executor=config.executor)
     what = f"{result.made:,} files of signals made, {result.reused:,} were there"
     _say("measure", bool(result.made), what)
 

@@ -11,12 +11,15 @@ Nodes are those there at the start; one that comes later is used by the next run
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import logging
 import os
 import secrets
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -28,8 +31,11 @@ from curate.errors import ConfigError
 from curate.executor.worker import Message, Put, Work, work_until_stopped
 
 R = TypeVar("R")
+logger = logging.getLogger("cliptailor")
+MISSING = "--executor ray: Ray is not installed; pip install 'cliptailor[ray]'"
 # How long a node may take to answer a short question: a process is started for it.
 ANSWER_S = 60.0
+SILENCE_S = 5.0
 # A worker that was told to end is waited for so long.
 END_S = 5.0
 
@@ -68,10 +74,6 @@ class Place:
     gpus: int = 0
 
 
-class NoAnswerError(Exception):
-    """A node did not answer: it is gone, or too busy."""
-
-
 def places(nodes: Sequence[Node], per_node: int) -> list[Place]:
     """So many workers a node, or one a CPU for 0; first one on each node, so that few items are spread over all."""
     found = []
@@ -79,6 +81,16 @@ def places(nodes: Sequence[Node], per_node: int) -> list[Place]:
         count = per_node or node.cpus
         found += [Place(node, number, min(1.0, node.cpus / count)) for number in range(count)]
     return sorted(found, key=lambda place: place.number)
+
+
+def check_installed() -> None:
+    """Tell at once that Ray is missing.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError(MISSING)
 
 
 # --- the cluster -----------------------------------------------------------------------------------------------------
@@ -95,8 +107,23 @@ def connected() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    with redirect_stdout(sys.stderr):  # Ray prints what happens to its nodes
+        _connect(ray)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _connect(ray: ModuleType) -> None:
     # Ray takes SIGTERM for itself; it is to unwind the stack as before.
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Ray knocks at an address where nobody is for minutes, and says nothing.
+    patience = threading.Timer(
+        SILENCE_S, logger.warning, ["executor: no answer from the Ray cluster yet; RAY_ADDRESS?"]
+    )
+    patience.daemon = True
+    patience.start()
     try:
         ray.init(address="auto", configure_logging=False, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -105,13 +132,11 @@ def connected() -> Iterator[None]:
             f"--executor ray: no Ray cluster can be reached ({said}); start one with `ray start --head`, or name one "
             "by RAY_ADDRESS=HOST:PORT; see docs/scale.md"
         ) from error
-    try:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        yield
     finally:
-        ray.shutdown()
+        patience.cancel()
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def nodes_for(folder: Path) -> list[Node]:
@@ -133,11 +158,9 @@ def nodes_for(folder: Path) -> list[Node]:
     token.touch()
     try:
         answers = on_nodes(found, _look, [(str(token),)] * len(found))
-    except NoAnswerError as error:
-        raise ConfigError(f"--executor ray: {error}") from error
     finally:
         token.unlink()
-    for node, (source, sees_folder) in zip(found, answers, strict=True):
+    for node, (source, sees_folder) in answers.items():
         if source != source_digest():
             raise ConfigError(
                 f"--executor ray: node {node.address} runs another cliptailor than this machine; install the same one "
@@ -148,19 +171,14 @@ def nodes_for(folder: Path) -> list[Node]:
                 f"--executor ray: node {node.address} does not see {folder.absolute()}; it must lie on a file system "
                 "that all nodes share, under the same path"
             )
-    return found
+    return list(answers)
 
 
-def on_nodes(
-    nodes: Sequence[Node],
-    function: Callable[..., R],
-    arguments: Sequence[tuple[Any, ...]],
-    patience_s: float = ANSWER_S,
-) -> list[R]:
-    """What a function of ours gives on each of these nodes, called with its arguments.
+def on_nodes(nodes: Sequence[Node], function: Callable[..., R], arguments: Sequence[tuple[Any, ...]]) -> dict[Node, R]:
+    """What a function of ours gives on each of these nodes, called with its arguments; without those that are gone.
 
     Raises:
-        NoAnswerError: a node did not answer in time.
+        ConfigError: none answers, or one has no cliptailor.
         Exception: what the function raised.
     """
     ray = _ray()
@@ -169,19 +187,24 @@ def on_nodes(
         remote.options(num_cpus=0, max_retries=0, scheduling_strategy=_only(node)).remote(*given)
         for node, given in zip(nodes, arguments, strict=True)
     ]
-    answered, _ = ray.wait(refs, num_returns=len(refs), timeout=patience_s)
-    answers = []
-    for node, ref in zip(nodes, refs, strict=True):
-        if ref not in answered:
-            ray.cancel(ref, force=True)
-            raise NoAnswerError(f"node {node.address} did not answer within {patience_s:g} s")
-        try:
-            answers.append(ray.get(ref))
-        except ray.exceptions.RayTaskError as error:
-            raise _cause(error, node) from error
-        except ray.exceptions.RayError as error:
-            raise NoAnswerError(f"node {node.address} did not answer ({type(error).__name__})") from error
+    ray.wait(refs, num_returns=len(refs), timeout=ANSWER_S)
+    answers = {node: answer for node, ref in zip(nodes, refs, strict=True) for answer in _answer(node, ref)}
+    if not answers:
+        raise ConfigError("--executor ray: no node of the cluster answers; see `ray status`")
     return answers
+
+
+def _answer(node: Node, ref: Any) -> list[Any]:
+    """What came of a question; nothing if the node is gone."""
+    ray = _ray()
+    try:
+        return [ray.get(ref, timeout=0)]
+    except ray.exceptions.RayTaskError as error:
+        raise _cause(error, node) from error
+    except ray.exceptions.RayError as error:
+        ray.cancel(ref, force=True)
+        logger.warning("executor: node %s does not answer (%s); going on without it", node.address, _name(error))
+        return []
 
 
 def source_digest() -> str:
@@ -210,11 +233,15 @@ def _cause(error: Any, node: Node) -> Exception:
     return cause
 
 
+def _name(error: Exception) -> str:
+    return type(error).__name__
+
+
 def _ray() -> ModuleType:
     try:
         import ray
     except ImportError as error:
-        raise ConfigError("--executor ray: Ray is not installed; pip install 'cliptailor[ray]'") from error
+        raise ConfigError(MISSING) from error
     return ray
 
 
@@ -246,18 +273,6 @@ class Actor:
         """Hand over an item. If the actor is dead, the open question says so."""
         self.handle.give.remote(number, item)
 
-    def receive(self) -> list[Message | None]:
-        """The answer to the open question, and the next one is asked; None if the actor is dead."""
-        ray = _ray()
-        try:
-            messages: list[Message | None] = ray.get(self.news)
-        except ray.exceptions.RayTaskError:
-            raise
-        except ray.exceptions.RayError:
-            return [None]
-        self.news = self.handle.news.remote()
-        return messages
-
 
 class Actors:
     """A worker at each of these places; see `Crew`."""
@@ -279,10 +294,21 @@ class Actors:
         by_news = {worker.news: worker for worker in workers}
         ray.wait(list(by_news), num_returns=1, fetch_local=False)
         speaking, _ = ray.wait(list(by_news), num_returns=len(by_news), timeout=0, fetch_local=False)
-        heard: list[tuple[Actor, Message | None]] = []
-        for worker in map(by_news.__getitem__, speaking):
-            heard += [(worker, message) for message in worker.receive()]
-        return heard
+        return [(worker, message) for worker in map(by_news.__getitem__, speaking) for message in self._receive(worker)]
+
+    def _receive(self, worker: Actor) -> list[Message | None]:
+        """The answer to the open question, and the next one is asked; None if the actor is dead."""
+        ray = _ray()
+        try:
+            messages: list[Message | None] = ray.get(worker.news)
+        except ray.exceptions.RayTaskError:
+            raise
+        except ray.exceptions.RayError as error:
+            where = self.places[worker.number].node.address
+            logger.warning("executor: a worker on node %s is gone (%s)", where, _name(error))
+            return [None]
+        worker.news = worker.handle.news.remote()
+        return messages
 
     def stop(self, workers: Sequence[Actor]) -> None:
         """Kill these actors, and wait until they are gone, though not for long for those of a node that is gone."""

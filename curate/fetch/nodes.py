@@ -15,7 +15,6 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from curate.config import FetchConfig
-from curate.errors import ConfigError
 from curate.executor import Do, Work, cluster
 from curate.fetch import hosts, origins
 from curate.fetch.hosts import Share
@@ -41,29 +40,25 @@ def on_nodes(
     """
     with cluster.connected():
         nodes = _sharing(cluster.nodes_for(out)[:shards], config.per_host)
-        places = cluster.places(nodes, config.processes)
-        states = [f"cliptailor-{fingerprint(str(out.absolute()))}-{node.id[:16]}" for node in nodes]
-        workers = [sum(place.node == node for place in places) for node in nodes]
-        try:
-            cluster.on_nodes(nodes, _prepare, list(zip(states, workers, strict=True)))
-        except cluster.NoAnswerError as error:
-            raise ConfigError(f"--executor ray: {error}") from error
-        parts = {node: (state, Share(n, len(nodes))) for n, (node, state) in enumerate(zip(nodes, states, strict=True))}
-        desks = [(place.number, *parts[place.node]) for place in places]
-        logger.info("fetch   %d workers on %d nodes", len(places), len(nodes))
-        yield cluster.Actors(places), _Work(work, desks)
+        dataset = fingerprint(str(out.absolute()))
+        arguments = [(f"cliptailor-{dataset}-{node.id[:16]}", config.processes or node.cpus) for node in nodes]
+        states = cluster.on_nodes(nodes, _prepare, arguments)
+        parts = {node: (state, Share(index, len(states))) for index, (node, state) in enumerate(states.items())}
+        places = cluster.places(list(parts), config.processes)
+        logger.info("fetch   %d workers on %d nodes", len(places), len(parts))
+        yield cluster.Actors(places), _Work(work, [(place.number, *parts[place.node]) for place in places])
 
 
 class _Work:
-    """The work of a worker of all nodes: that of one machine, by the worker's number there."""
+    """The work of the workers of all nodes: that of one machine, by the worker's number there."""
 
-    def __init__(self, work: Callable[[Path, Share], Work], desks: Sequence[tuple[int, str, Share]]) -> None:
+    def __init__(self, work: Callable[[Path, Share], Work], desks: Sequence[tuple[int, Path, Share]]) -> None:
         self._work, self._desks = work, desks
 
     @asynccontextmanager
     async def __call__(self, number: int) -> AsyncIterator[Do]:
         here, state, share = self._desks[number]
-        async with self._work(_folder(state), share)(here) as do:
+        async with self._work(state, share)(here) as do:
             yield do
 
 
@@ -79,13 +74,10 @@ def _sharing(nodes: list[cluster.Node], per_host: int) -> list[cluster.Node]:
     return nodes[:per_host]
 
 
-def _folder(state: str) -> Path:
-    return Path(tempfile.gettempdir()) / state
-
-
-def _prepare(state: str, workers: int) -> None:
-    """On a node: its table, empty, and its cache."""
-    folder = _folder(state)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    hosts.create(folder / "hosts", workers)
-    origins.prepare(folder / "robots.sqlite")
+def _prepare(name: str, workers: int) -> Path:
+    """On a node: the folder of its table, empty, and of its cache, which later runs on the same cluster find again."""
+    state = Path(tempfile.gettempdir()) / name
+    state.mkdir(mode=0o700, exist_ok=True)
+    hosts.create(state / "hosts", workers)
+    origins.prepare(state / "robots.sqlite")
+    return state
