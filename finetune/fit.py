@@ -59,7 +59,7 @@ OURS = (
     "report.html",
     "finished.json",
 )
-LOWER_IS_BETTER = ("val/loss", "median_rank")
+LOWER_IS_BETTER = ("val/loss", "median_rank", "ece", "ece_fitted")
 
 
 @dataclass(frozen=True)

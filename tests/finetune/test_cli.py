@@ -218,7 +218,10 @@ def test_fit_prints_before_and_after_and_does_nothing_the_second_time(config, ca
 def test_validate_prints_the_figures_that_fit_found(config, capsys):
     assert main(["validate", "--run", str(config.out), "--json", "--device", "cpu"]) == 0
     figures = json.loads(capsys.readouterr().out)[str(config.out)]
-    assert figures == json.loads((config.out / "evaluation.json").read_text())["after"]
+    expected = json.loads((config.out / "evaluation.json").read_text())["after"]
+    assert figures.keys() == expected.keys()
+    for metric, figure in expected.items():
+        assert figures[metric] == pytest.approx(figure, abs=1e-5)  # merged weights round differently
 
 
 def test_test_needs_a_test_split(config, capsys):
