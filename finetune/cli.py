@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from curate.errors import CliptailorError, ConfigError
-from curate.options import add_config, as_config, new_parser, parse
+from curate.options import add_config, as_config, located, new_parser, parse, with_presets
 from finetune.arguments import EvaluateOptions, ExportOptions, FiguresOptions, PredictOptions, ReportOptions
+from finetune.checks import check
 from finetune.config import ClipConfig, FitConfig
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ HELP = {
         Adapt a CLIP to a dataset, with figures before and after. The same command again continues an interrupted run.
 
           finetune fit --config domain.yaml --model.optimizer.lr 3e-5
-          finetune fit --config domain.yaml --print_config
+          finetune fit --config domain.yaml --print_config      # every key, and stop
+          finetune fit --config domain.yaml --dry_run           # the plan, and stop
+          finetune fit --config few --data.dataset dataset      # a recipe that ships: few, medium, large, lora, full, …
         """,
     "validate": """
         Figures of a run's CLIP on the val and retain splits of its dataset, and its named sets.
@@ -75,7 +78,10 @@ OPTIONS: dict[str, type] = {
 }
 AS_JSON = {"--json": "Print JSON instead of a table."}
 SWITCHES = {
-    "fit": {"--restart": "Forget what an earlier run left in `out`."},
+    "fit": {
+        "--restart": "Forget what an earlier run left in `out`.",
+        "--dry_run": "Print the plan (data, steps, what is trained, memory) and stop; nothing is written.",
+    },
     "validate": AS_JSON,
     "test": AS_JSON,
     "evaluate": AS_JSON,
@@ -111,8 +117,15 @@ def build_parser() -> ArgumentParser:
 
 
 def fit(options: Namespace) -> None:
-    """Train, write the report, print before and after."""
+    """Print the plan, train, write the report, print before and after."""
     config = as_config(options, FitConfig)
+    check(config)
+    if options.get("dry_run"):
+        from finetune.fit import plan
+        from finetune.plan import tell
+
+        tell(plan(config), sys.stdout)
+        return
     from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 
     from finetune import report
@@ -276,10 +289,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _log_to_stderr()
     try:
+        arguments = with_presets(arguments, "finetune")
         options: Any = parse(build_parser(), arguments, OPTIONS)
         COMMANDS[options.command](options[options.command])
     except CliptailorError as error:
-        print(f"finetune: {error}", file=sys.stderr)
+        print(f"finetune: {located(str(error), arguments, OPTIONS)}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print("finetune: interrupted", file=sys.stderr)
