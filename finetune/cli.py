@@ -57,9 +57,10 @@ HELP = {
           finetune predict --run runs/domain --images shelf.jpg photos/ --queries "a full shelf" "an empty shelf"
         """,
     "export": """
-        Write a run's CLIP as a folder that open_clip loads (local-dir:FOLDER), or its LoRA alone.
+        Write a run's CLIP as a folder that open_clip (local-dir:FOLDER) or transformers loads, or its LoRA alone.
 
           finetune export --run runs/domain --to open_clip --out domain-clip
+          finetune export --run runs/domain --to transformers --out domain-clip-transformers
         """,
     "report": """
         Write RUN/report.html again.

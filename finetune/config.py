@@ -13,6 +13,7 @@ from typing import Literal
 from curate.errors import ConfigError
 
 PROJECTIONS = ("q", "k", "v", "out", "fc", "proj", "conv", "pool")
+WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")  # of files whose architecture is read from their shapes
 Precision = Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true"]
 # Arguments of lightning.Trainer that are no keys here: what stands in their place.
 NOT_TRAINER_KEYS = {
@@ -111,7 +112,9 @@ class ClipConfig:
     @property
     def brings_weights(self) -> bool:
         """Whether the name alone says which weights."""
-        return self.name.startswith(("local-dir:", "hf-hub:"))
+        return (
+            self.name.startswith(("local-dir:", "hf-hub:")) or self.name.endswith(WEIGHTS) or Path(self.name).is_dir()
+        )
 
     @property
     def weights(self) -> str | None:

@@ -93,6 +93,23 @@ def test_our_own_loader_reads_it_with_tokenizer_and_preprocessing(run, tmp_path)
     assert torch.allclose(clip.embed_captions(CAPTIONS), text, atol=1e-5)
 
 
+def test_transformers_loads_the_run_with_the_embeddings_of_training(run, tmp_path):
+    from transformers import CLIPModel
+
+    if "resnet" in str(load_module(checkpoint_of(run)).clip_config.name):
+        with pytest.raises(ModelError, match="its CLIPModel has a ViT"):
+            export(run, tmp_path / "exported", "transformers")
+        return
+    image, text, picture = embeddings_in_training(run)
+    export(run, tmp_path / "exported", "transformers")
+    clip = load_clip(str(tmp_path / "exported"), device="cpu")
+    model = CLIPModel.from_pretrained(tmp_path / "exported").eval()
+    with torch.no_grad():
+        got = model(input_ids=clip.tokenizer(CAPTIONS), pixel_values=clip.preprocess(picture)[None])
+    assert torch.allclose(got.image_embeds, image, atol=1e-5)
+    assert torch.allclose(got.text_embeds, text, atol=1e-5)
+
+
 def test_exporting_twice_gives_the_same_bytes(run, tmp_path):
     export(run, tmp_path / "a")
     export(run, tmp_path / "b")
