@@ -358,7 +358,8 @@ def _check_reachable(architecture: str, weights: str | None) -> None:
     from huggingface_hub import constants, try_to_load_from_cache
 
     if architecture.startswith("hf-hub:"):
-        repository, names = architecture.removeprefix("hf-hub:").partition("@")[0], ("open_clip_config.json",)
+        repository = architecture.removeprefix("hf-hub:").partition("@")[0]
+        names: tuple[str, ...] = ("open_clip_config.json",)
     elif weights is None or Path(weights).exists():
         return
     else:
