@@ -18,12 +18,11 @@ from typing import Any
 from curate.errors import ConfigError, did_you_mean
 from curate.keys import shown
 from curate.shards import SPLITS, shard_folder, shards_of
-from finetune.config import ClipConfig, EvaluateConfig, FitConfig, TrainerConfig
+from finetune.config import WEIGHTS, ClipConfig, EvaluateConfig, FitConfig, TrainerConfig
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 RETRIEVAL_METRICS = ("recall@1", "recall@5", "recall@10", "median_rank")
 ZERO_SHOT_METRICS = ("top1", "top5", "per_class_mean")
-WEIGHTS = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 
 
 def check(config: FitConfig) -> None:
