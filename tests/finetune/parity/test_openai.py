@@ -138,10 +138,10 @@ def test_an_archive_that_names_anything_else_is_refused(tmp_path: Path):
 
     class Evil:
         def __reduce__(self):
-            return print, ("run",)
+            return eval, ("1",)
 
     with zipfile.ZipFile(tmp_path / "evil.pt", "w") as archive:
         archive.writestr("evil/data.pkl", pickle.dumps(Evil()))
         archive.writestr("evil/constants.pkl", b"")
-    with pytest.raises(ModelError, match=r"it names builtins\.print"):
+    with pytest.raises(ModelError, match=r"it names builtins\.eval"):
         read_archive(tmp_path / "evil.pt")
