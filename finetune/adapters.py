@@ -36,7 +36,7 @@ def adapt(model: nn.Module, config: AdapterConfig) -> None:
     for name, parameter in model.named_parameters():
         if name == "logit_scale":
             parameter.requires_grad_(config.train_logit_scale)
-        elif tower_of(name) in config.lock or name == "logit_bias":  # SigLIP's bias has no part in this loss
+        elif tower_of(name) in config.lock or name == "logit_bias":  # for the sigmoid loss: module.py
             parameter.requires_grad_(False)
 
 
@@ -124,8 +124,8 @@ def lora_config(model: nn.Module) -> Any:
 def save_adapter(model: nn.Module, folder: Path) -> None:
     """Write the LoRA alone, in peft's format: `adapter_model.safetensors` and `adapter_config.json`.
 
-    It applies to the split form of the same CLIP (`split_attention`). The temperature, which is no part of peft's
-    format, is in the file's metadata as `logit_scale`.
+    It applies to the split form of the same CLIP (`split_attention`). The temperature and SigLIP's bias, which are no
+    part of peft's format, are in the file's metadata as `logit_scale` and `logit_bias`.
 
     Raises:
         ModelError: the model has no LoRA.
@@ -138,7 +138,8 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
         raise ModelError("there is no adapter to save: this CLIP was trained in full")
     folder.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(model)
-    metadata = {"format": "pt", "logit_scale": repr(float(model.logit_scale.detach()))}  # type: ignore[operator]
+    scales = {name: p for name, p in model.named_parameters() if name in ("logit_scale", "logit_bias")}
+    metadata = {"format": "pt"} | {name: repr(float(p.detach())) for name, p in scales.items()}
     save_file(
         {name: value.contiguous() for name, value in weights.items()}, folder / "adapter_model.safetensors", metadata
     )

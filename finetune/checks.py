@@ -54,6 +54,7 @@ def _share(*, zero: bool = True, one: bool = True) -> tuple[Callable[[Any], bool
 
 
 ABOVE_0: tuple[Callable[[Any], bool], str] = (lambda value: 0 < value < math.inf, "above 0")
+ZERO_OR_MORE: tuple[Callable[[Any], bool], str] = (lambda value: 0 <= value < math.inf, "0 or more")
 # What each value (of a list: each of its items) must be; null is left to its type.
 BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed_everything": (lambda value: 0 <= value < 2**32, "0 to 4294967295"),
@@ -68,10 +69,14 @@ BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.adapter.alpha": ABOVE_0,
     "model.adapter.dropout": _share(one=False),
     "model.loss.label_smoothing": _share(one=False),
+    "model.loss.logit_scale": (lambda value: 1 <= value <= 100, "1 to 100"),
+    "model.loss.distill_feature": ZERO_OR_MORE,
+    "model.loss.distill_logit": ZERO_OR_MORE,
+    "model.loss.l2_start": ZERO_OR_MORE,
     "model.optimizer.lr": ABOVE_0,
-    "model.optimizer.min_lr": (lambda value: 0 <= value < math.inf, "0 or more"),
+    "model.optimizer.min_lr": ZERO_OR_MORE,
     "model.optimizer.warmup": _share(one=False),
-    "model.optimizer.weight_decay": (lambda value: 0 <= value < math.inf, "0 or more"),
+    "model.optimizer.weight_decay": ZERO_OR_MORE,
     "model.optimizer.betas": _share(one=False),
     "model.optimizer.eps": ABOVE_0,
     "data.batch_size": _at_least(2),

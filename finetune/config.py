@@ -158,12 +158,35 @@ class AdapterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The paper's symmetric cross-entropy over the batch."""
+    """The contrast of a batch, and what holds the CLIP to where it started."""
 
+    kind: Literal["auto", "clip", "siglip"] = "auto"
+    """clip: symmetric cross-entropy (softmax). siglip: every pair yes or no (sigmoid). auto: siglip for a CLIP that has
+    a logit_bias, else clip."""
     multi_positive: bool = True
-    """Samples of one batch with equal captions (or one duplicate group) are positives of each other, not negatives."""
+    """Samples of one batch with equal captions, equal images or one duplicate group are positives of each other, not
+    negatives."""
     label_smoothing: float = 0.0
     """Share of the target spread over the batch."""
+    logit_scale: float | None = None
+    """Factor of the logits, exp(t), to begin with; null: the CLIP's own (10 where siglip gives it a bias)."""
+    distill_feature: float = 0.0
+    """Weight of the squared distance of the embeddings to those of the starting CLIP."""
+    distill_logit: float = 0.0
+    """Weight of the divergence of the batch's similarities (softmax of the logits) from those of the starting CLIP."""
+    l2_start: float = 0.0
+    """Weight of half the squared distance of the trained weights to where they started (L2-SP)."""
+
+    @property
+    def distills(self) -> bool:
+        """Whether the embeddings of the starting CLIP are needed."""
+        return self.distill_feature > 0 or self.distill_logit > 0
+
+    @property
+    def holds_to_start(self) -> str | None:
+        """The first key of those that need the weights of the start; None without one."""
+        keys = ("distill_feature", "distill_logit", "l2_start")
+        return next((key for key in keys if getattr(self, key) > 0), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +217,14 @@ class ModelConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        key = self.loss.holds_to_start
+        if key and self.clip.weights is None and not self.clip.brings_weights:
+            raise ConfigError(
+                f"model.loss.{key}: the start is random weights (model.clip.pretrained: null), to which nothing should "
+                "be held; set it to 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

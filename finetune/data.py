@@ -116,20 +116,22 @@ class PairDataset(Dataset[Batch]):
     def __getitems__(self, draws: Sequence[Draw]) -> Batch | InputError:
         """The batch of these samples."""
         try:
-            pixels = torch.stack([self._pixels(draw) for draw in draws])
+            pixels, images = zip(*(self._pixels(draw) for draw in draws), strict=True)
         except InputError as error:
             return error
         rows = [draw.row for draw in draws]
         tokens = self.tokenizer([self._captions[row].as_py() or "" for row in rows])
-        group = torch.tensor([self._ids(row, line) for row, line in zip(rows, tokens, strict=True)])
-        return {"pixels": pixels, "tokens": tokens, "group": group, "row": torch.tensor(rows)}
+        said = [self._ids(row, line) for row, line in zip(rows, tokens, strict=True)]
+        group = torch.tensor([(*ids, image) for ids, image in zip(said, images, strict=True)])
+        return {"pixels": torch.stack(pixels), "tokens": tokens, "group": group, "row": torch.tensor(rows)}
 
-    def _pixels(self, draw: Draw) -> Tensor:
+    def _pixels(self, draw: Draw) -> tuple[Tensor, int]:
+        """What the CLIP sees, and an id of the stored image: one that is there twice is a positive of both captions."""
         tar, offset, size = self._places[draw.row]
         content = self.reader.read(int(tar), int(offset), int(size))
         try:
             with Image.open(io.BytesIO(content)) as image:
-                return self.view(image.convert("RGB"), (self.seed, draw.turn, draw.row))
+                return self.view(image.convert("RGB"), (self.seed, draw.turn, draw.row)), _hash(content)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputError(
                 f"{self.index.tars[tar]}: sample {self._keys[draw.row]}: the image cannot be decoded ({error}); "

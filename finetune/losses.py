@@ -1,12 +1,19 @@
-"""The contrastive loss of CLIP, as pure functions; gathering embeddings over processes is a function of its own.
+"""The losses of CLIP, SigLIP and of distillation from the start, as pure functions; gathering is a function of its own.
 
-For N pairs, logits are exp(logit_scale) · cosine similarity, and the loss is the mean of two cross-entropies: each
-image against all captions, and each caption against all images (Radford et al. 2021, figure 3). Where several samples
-of a batch say the same (equal captions, near-duplicate images) they are not negatives of each other: the target is
-uniform over all that match.
+For N pairs, logits are exp(logit_scale) · cosine similarity.
+
+    contrastive   mean of two cross-entropies: each image against all captions, each caption against all images
+                  (Radford et al. 2021, figure 3)
+    sigmoid       each of the N² pairs by itself: does this caption belong to this image? (arXiv 2303.15343,
+                  algorithm 1); logit_bias, added to every logit, stands for how rare a yes is
+    feature       squared distance of each embedding to the one that the starting CLIP makes of the same input
+    logit         divergence of each row of the softmax from that of the starting CLIP, both ways
+
+Where several samples of a batch say the same (equal captions, equal or near-duplicate images) they are not negatives of
+each other: all that match are positives, of equal weight.
 
 Over W processes each computes the rows of its own samples against all N = W · B columns. With gradients averaged over
-processes (DDP) every parameter, the temperature included, gets exactly the gradient of the one large batch.
+processes (DDP) every parameter, temperature and bias included, gets exactly the gradient of the one large batch.
 
 Axes: B samples of this batch (after gathering: of all processes), D width, G ids per sample.
 """
@@ -20,6 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+ALL = slice(None)
+
 
 def contrastive_loss(
     image_embedding_BD: Tensor,
@@ -28,7 +37,7 @@ def contrastive_loss(
     *,
     positives_BB: Tensor | None = None,
     label_smoothing: float = 0.0,
-    rows: slice = slice(None),
+    rows: slice = ALL,
 ) -> Tensor:
     """Symmetric InfoNCE of one batch: a scalar, in nats.
 
@@ -41,29 +50,116 @@ def contrastive_loss(
         rows: the samples to average over, against all as candidates; all of them, unless this process does only its
             own.
     """
-    size = image_embedding_BD.shape[0]
-    if positives_BB is None:
-        positives_BB = torch.eye(size, dtype=torch.bool, device=image_embedding_BD.device)
-    target_BB = positives_BB[rows].to(image_embedding_BD.dtype)
-    target_BB = target_BB / target_BB.sum(dim=1, keepdim=True)
-    target_BB = (1 - label_smoothing) * target_BB + label_smoothing / size
-    scale = logit_scale.exp()
-    logits_per_image = scale * image_embedding_BD[rows] @ text_embedding_BD.T
-    logits_per_text = scale * text_embedding_BD[rows] @ image_embedding_BD.T
-    image_loss = functional.cross_entropy(logits_per_image, target_BB)
-    text_loss = functional.cross_entropy(logits_per_text, target_BB)
+    matches_BB = _matches(positives_BB, image_embedding_BD)[rows]
+    target_BB = _smooth(matches_BB / matches_BB.sum(dim=1, keepdim=True), label_smoothing)
+    image_loss = functional.cross_entropy(_logits(image_embedding_BD, text_embedding_BD, logit_scale, rows), target_BB)
+    text_loss = functional.cross_entropy(_logits(text_embedding_BD, image_embedding_BD, logit_scale, rows), target_BB)
     return (image_loss + text_loss) / 2
+
+
+def sigmoid_loss(
+    image_embedding_BD: Tensor,
+    text_embedding_BD: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    *,
+    positives_BB: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    rows: slice = ALL,
+) -> Tensor:
+    """SigLIP's loss of one batch: binary cross-entropies, summed over captions, averaged over images; in nats.
+
+    Args:
+        image_embedding_BD: L2-normalised.
+        text_embedding_BD: L2-normalised; row i belongs to image i.
+        logit_scale: scalar, natural logarithm of the inverse temperature (the paper's t').
+        logit_bias: scalar (the paper's b).
+        positives_BB: as in `contrastive_loss`.
+        label_smoothing: share of a yes that is spread over the B pairs of its row, so that a row still has one.
+        rows: the images to average over, against all captions.
+    """
+    target_BB = _smooth(_matches(positives_BB, image_embedding_BD)[rows], label_smoothing)
+    logits_BB = _logits(image_embedding_BD, text_embedding_BD, logit_scale, rows) + logit_bias
+    return functional.binary_cross_entropy_with_logits(logits_BB, target_BB, reduction="sum") / len(logits_BB)
+
+
+def feature_distance(embedding_BD: Tensor, start_embedding_BD: Tensor) -> Tensor:
+    """Mean squared Euclidean distance of embeddings to those of the start: a scalar, 0 to 4.
+
+    Of L2-normalised embeddings it is 2 · (1 - cosine). It is what CLIP-KD calls feature distillation (arXiv
+    2307.12732, section 3.2).
+    """
+    return (embedding_BD - start_embedding_BD).square().sum(dim=1).mean()
+
+
+def logit_divergence(
+    image_embedding_BD: Tensor,
+    text_embedding_BD: Tensor,
+    logit_scale: Tensor,
+    start_image_BD: Tensor,
+    start_text_BD: Tensor,
+    start_logit_scale: Tensor,
+    *,
+    rows: slice = ALL,
+) -> Tensor:
+    """How far the batch's softmax is from that of the starting CLIP: KL(start ‖ now) in nats, mean of both directions.
+
+    It differs from the `dist_loss` of open_clip's `DistillClipLoss` (a cross-entropy) by the entropy of the start,
+    which has no gradient: this one is 0 where nothing has changed. Of a sigmoid CLIP the bias plays no part: softmax
+    does not see it.
+
+    Args:
+        image_embedding_BD: L2-normalised, as the others.
+        text_embedding_BD: row i belongs to image i.
+        logit_scale: scalar, natural logarithm of the inverse temperature.
+        start_image_BD: what the starting CLIP makes of the same images.
+        start_text_BD: and of the captions.
+        start_logit_scale: its temperature.
+        rows: as in `contrastive_loss`.
+    """
+    now = (image_embedding_BD, text_embedding_BD)
+    start = (start_image_BD, start_text_BD)
+    ways = [
+        functional.kl_div(
+            _logits(*now[::way], logit_scale, rows).log_softmax(dim=1),
+            _logits(*start[::way], start_logit_scale, rows).log_softmax(dim=1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        for way in (1, -1)
+    ]
+    return (ways[0] + ways[1]) / 2
+
+
+def _logits(of_BD: Tensor, against_BD: Tensor, logit_scale: Tensor, rows: slice) -> Tensor:
+    return logit_scale.exp() * of_BD[rows] @ against_BD.T
+
+
+def _matches(positives_BB: Tensor | None, like_BD: Tensor) -> Tensor:
+    if positives_BB is None:
+        return torch.eye(len(like_BD), dtype=like_BD.dtype, device=like_BD.device)
+    return positives_BB.to(like_BD.dtype)
+
+
+def _smooth(target_BB: Tensor, share: float) -> Tensor:
+    return (1 - share) * target_BB + share / target_BB.shape[1]
+
+
+# --- which samples say the same ---------------------------------------------------------------------------------------
 
 
 def positives(group_ids: Tensor) -> Tensor:
     """Bool (B, B): True where two samples share an id.
 
     Args:
-        group_ids: integers (B,), or (B, G) for several kinds of id (caption, duplicate group), of which one shared is
-            enough.
+        group_ids: integers (B,), or (B, G) for several kinds of id (caption, duplicate group, image), of which one
+            shared is enough.
     """
     ids_BG = group_ids.reshape(len(group_ids), -1)
     return (ids_BG[:, None] == ids_BG[None]).any(dim=-1)
+
+
+# --- over processes ---------------------------------------------------------------------------------------------------
 
 
 def gather_embeddings(embedding_BD: Tensor) -> Tensor:
@@ -77,9 +173,9 @@ def gather_embeddings(embedding_BD: Tensor) -> Tensor:
     return gathered
 
 
-def gather_ids(group_ids: Tensor) -> Tensor:
-    """The group ids of all processes, in the order of ranks."""
-    return _all_gather(group_ids) if _distributed() else group_ids
+def gather_fixed(x: Tensor) -> Tensor:
+    """What has no gradient (ids, embeddings of the start) of all processes, (W · B, …) in the order of ranks."""
+    return _all_gather(x) if _distributed() else x
 
 
 def local_rows(num_samples: int) -> slice:

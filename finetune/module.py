@@ -1,5 +1,8 @@
 """The LightningModule: a CLIP, what of it is trained, the loss, the optimiser. It reads no data.
 
+The towers (`embed`), the loss of what they make (`losses`) and the start that it may be held to (`embed_start`) are
+apart from each other: whoever wants to embed a batch in parts replaces the first alone.
+
 A checkpoint holds all weights, and in its hyperparameters the architecture and preprocessing:
 `CLIPModule.load_from_checkpoint(path)` needs nothing else, neither the hub nor the file that training started from.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,17 +23,32 @@ import lightning
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional
 
 from curate.clip import Clip, load_clip
 from curate.errors import ConfigError
 from finetune.adapters import adapt, hold_still, is_locked
-from finetune.config import AdapterConfig, ClipConfig, LossConfig, OptimizerConfig
-from finetune.losses import contrastive_loss, gather_embeddings, gather_ids, local_rows, positives
+from finetune.config import AdapterConfig, ClipConfig, LossConfig, ModelConfig, OptimizerConfig
+from finetune.losses import (
+    contrastive_loss,
+    feature_distance,
+    gather_embeddings,
+    gather_fixed,
+    local_rows,
+    logit_divergence,
+    positives,
+    sigmoid_loss,
+)
 from finetune.optim import adamw, clamp_logit_scale, schedule, total_steps
+from finetune.start import Start, evaluating
 
 Batch = dict[str, Tensor]
+Pair = tuple[Tensor, Tensor]
+"""Embeddings (B, D) of images and of their captions, L2-normalised."""
 Config = TypeVar("Config", ClipConfig, AdapterConfig, LossConfig, OptimizerConfig)
+# Where SigLIP begins (arXiv 2303.15343, algorithm 1): at these, random embeddings make few yeses, as is right.
+SIGMOID_FACTOR, SIGMOID_BIAS = 10.0, -10.0
 
 
 class CLIPModule(lightning.LightningModule):
@@ -46,8 +65,10 @@ class CLIPModule(lightning.LightningModule):
     Attributes:
         clip: the CLIP with its preprocessing and tokenizer.
         model: `clip.model`, adapted.
+        start: its trained weights as they were, where the loss holds it to them; else None.
 
     Raises:
+        ConfigError: the loss holds it to random weights.
         ModelError: the CLIP cannot be had, or has no layer that the adapter names.
     """
 
@@ -60,23 +81,39 @@ class CLIPModule(lightning.LightningModule):
         architecture: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.clip_config = _config(ClipConfig, clip)
-        self.adapter = _config(AdapterConfig, adapter)
-        self.loss = _config(LossConfig, loss)
-        self.optimizer = _config(OptimizerConfig, optimizer)
+        config = ModelConfig(
+            clip=_config(ClipConfig, clip),
+            adapter=_config(AdapterConfig, adapter),
+            loss=_config(LossConfig, loss),
+            optimizer=_config(OptimizerConfig, optimizer),
+        )
+        self.clip_config, self.adapter = config.clip, config.adapter
+        self.loss, self.optimizer = config.loss, config.optimizer
         self.clip = _rebuild(architecture) if architecture else _start(self.clip_config)
         self.model: Any = self.clip.model
-        adapt(self.model, self.adapter)
-        self.save_hyperparameters(
-            {
-                "clip": asdict(self.clip_config),
-                "adapter": asdict(self.adapter),
-                "loss": asdict(self.loss),
-                "optimizer": asdict(self.optimizer),
-                "architecture": architecture or _architecture(self.clip),
-            }
-        )
+        self._prepare()
+        self.save_hyperparameters(asdict(config) | {"architecture": architecture or _architecture(self.clip)})
         self.train()
+
+    def _prepare(self) -> None:
+        """Make of the CLIP what is trained, and keep what it is held to."""
+        factor = self.loss.logit_scale
+        if self.loss.kind == "siglip" and self.model.logit_bias is None:
+            _give_bias(self.clip)
+            factor = factor or SIGMOID_FACTOR
+        adapt(self.model, self.adapter)
+        if self.is_sigmoid:
+            self.model.logit_bias.requires_grad_(self.adapter.train_logit_scale)
+        self.start = Start(self.model) if self.loss.holds_to_start else None
+        if factor:
+            self.model.logit_scale.data.fill_(math.log(factor))
+
+    @property
+    def is_sigmoid(self) -> bool:
+        """Whether the contrast is SigLIP's."""
+        if self.loss.kind == "auto":
+            return self.model.logit_bias is not None
+        return self.loss.kind == "siglip"
 
     # --- towers ---
 
@@ -111,44 +148,94 @@ class CLIPModule(lightning.LightningModule):
 
     # --- training ---
 
-    def batch_loss(self, batch: Batch, *, gather: bool) -> Tensor:
-        """The contrastive loss of a batch (finetune/data.py), in float32 whatever the precision of the towers.
+    def embed(self, batch: Batch) -> Pair:
+        """Embeddings of a batch (finetune/data.py), with gradient."""
+        image, text = self(batch["pixels"], batch["tokens"])
+        return image, text
+
+    @torch.no_grad()
+    def embed_start(self, batch: Batch) -> Pair:
+        """Embeddings that the starting CLIP makes of the same batch, without dropout of any kind."""
+        assert self.start is not None
+        with evaluating(self):
+            image, text = functional_call(self, self.start.named("model."), (batch["pixels"], batch["tokens"]))
+        return image, text
+
+    def losses(
+        self, embeddings: Pair, group: Tensor | None, *, start: Pair | None = None, gather: bool = True
+    ) -> dict[str, Tensor]:
+        """What a batch's embeddings cost: `contrastive` and, with those of the start, `distill_…`, each weighted.
+
+        They are computed in float32 at least, whatever the precision of the towers.
 
         Args:
-            batch: pixels, tokens and, for several positives, group.
+            embeddings: of this process's batch.
+            group: ids (B, G) for several positives; None: only what is a pair is positive.
+            start: what the starting CLIP makes of the same batch.
             gather: contrast with the batches of all processes, not only with this one's.
         """
-        image, text = self(batch["pixels"], batch["tokens"])
-        group = batch["group"] if self.loss.multi_positive else None
+        image, text = embeddings
         rows = slice(None)
         if gather:
             rows = local_rows(len(image))
             image, text = gather_embeddings(image), gather_embeddings(text)
-            group = None if group is None else gather_ids(group)
+            group = None if group is None else gather_fixed(group)
+            start = start and (gather_fixed(start[0]), gather_fixed(start[1]))
         with torch.autocast(image.device.type, enabled=False):
-            return contrastive_loss(
-                image,
-                text,
-                self.model.logit_scale.to(image.dtype),
-                positives_BB=None if group is None else positives(group),
-                label_smoothing=self.loss.label_smoothing,
-                rows=rows,
+            parts = {"contrastive": self._contrast(image, text, None if group is None else positives(group), rows)}
+            return parts | (self._distillation((image, text), start, rows) if start else {})
+
+    def _contrast(self, image: Tensor, text: Tensor, positives_BB: Tensor | None, rows: slice) -> Tensor:
+        given = {"positives_BB": positives_BB, "label_smoothing": self.loss.label_smoothing, "rows": rows}
+        scale = self.model.logit_scale.to(image.dtype)
+        if self.is_sigmoid:
+            return sigmoid_loss(image, text, scale, self.model.logit_bias.to(image.dtype), **given)
+        return contrastive_loss(image, text, scale, **given)
+
+    def _distillation(self, now: Pair, start: Pair, rows: slice) -> dict[str, Tensor]:
+        parts = {}
+        if weight := self.loss.distill_feature:
+            image, text = (feature_distance(a[rows], b[rows]) for a, b in zip(now, start, strict=True))
+            parts["distill_feature"] = weight * (image + text) / 2
+        if weight := self.loss.distill_logit:
+            scale, start_scale = self.model.logit_scale, self.start.of("logit_scale")  # type: ignore[union-attr]
+            kind = now[0].dtype
+            parts["distill_logit"] = weight * logit_divergence(
+                *now, scale.to(kind), *start, start_scale.to(kind), rows=rows
             )
+        return parts
+
+    def _group(self, batch: Batch) -> Tensor | None:
+        return batch["group"] if self.loss.multi_positive else None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of one step, logged as train/loss with the factor of the logits and the learning rate."""
+        """The loss of one step, logged with its parts, the factor of the logits and the learning rate."""
         del batch_idx
-        loss = self.batch_loss(batch, gather=True)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["pixels"]), sync_dist=True)
+        start = self.embed_start(batch) if self.loss.distills else None
+        parts = self.losses(self.embed(batch), self._group(batch), start=start)
+        if self.start is not None and self.loss.l2_start:
+            parts["l2_start"] = self.loss.l2_start / 2 * self._squared_distance_to_start()
+        loss = torch.stack([*parts.values()]).sum()
+        size = len(batch["pixels"])
+        self.log("train/loss", loss, prog_bar=True, batch_size=size, sync_dist=True)
+        if len(parts) > 1:
+            shown = {f"train/{name}": part.detach() for name, part in parts.items()}
+            self.log_dict(shown, batch_size=size, sync_dist=True)
         self.log("train/logit_scale", self.model.logit_scale.detach().exp())
+        if self.is_sigmoid:
+            self.log("train/logit_bias", self.model.logit_bias.detach())
         self.log("lr-AdamW", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
+    def _squared_distance_to_start(self) -> Tensor:
+        with torch.autocast(self.device.type, enabled=False):
+            return self.start.squared_distance(self.model)  # type: ignore[union-attr]
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log val/loss: the mean over batches, which depends on their size."""
+        """Log val/loss: the contrast alone, its mean over batches, which depends on their size."""
         del batch_idx
-        size = len(batch["pixels"])
-        self.log("val/loss", self.batch_loss(batch, gather=False), prog_bar=True, batch_size=size, sync_dist=True)
+        loss = self.losses(self.embed(batch), self._group(batch), gather=False)["contrastive"]
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["pixels"]), sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, with warm-up and cosine over the steps of this run."""
@@ -171,9 +258,14 @@ class CLIPModule(lightning.LightningModule):
         return total_steps(trainer.max_steps, trainer.max_epochs, -(-batches // trainer.accumulate_grad_batches))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """One step, after which the temperature is brought back into its bounds."""
+        """One step, after which the temperature of a softmax is brought back into its bounds.
+
+        SigLIP's has none: the paper's models end above 100 (112 in ViT-SO400M-14-SigLIP-384, open_clip#746), and to
+        pull it down without the bias, which grew with it, would spoil them at the first step.
+        """
         super().optimizer_step(*args, **kwargs)
-        clamp_logit_scale(self.model)
+        if not self.is_sigmoid:
+            clamp_logit_scale(self.model)
 
 
 def _normalised(features: Tensor) -> Tensor:
@@ -203,6 +295,14 @@ def _random_is_meant() -> Iterator[None]:
         yield
     finally:
         root.removeFilter(other)
+
+
+def _give_bias(clip: Clip) -> None:
+    """Make it a CLIP with a `logit_bias` as open_clip has them: its configuration says so, so exports have it too."""
+    model: Any = clip.model
+    model.logit_bias = torch.nn.Parameter(torch.full_like(model.logit_scale, SIGMOID_BIAS))
+    if clip.architecture:
+        clip.architecture = clip.architecture | {"init_logit_bias": SIGMOID_BIAS}
 
 
 def _architecture(clip: Clip) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def make_plan(config: FitConfig, module: Any, data: Any, trainer: Any) -> Plan:
     schedule = replace(data.schedule, world_size=devices, rank=0)
     steps_per_epoch = -(-len(schedule) // trainer.accumulate_grad_batches)
     steps = total_steps(trainer.max_steps, trainer.max_epochs, steps_per_epoch)
-    parameters = list(module.parameters())
+    parameters = list(module.model.parameters())
     return Plan(
         config=config,
         pairs=_pairs(data),

@@ -183,19 +183,21 @@ def test_a_batch_has_pixels_tokens_ids_and_rows(clip, dataset):
     assert torch.equal(batch["pixels"][1], clip.preprocess(stored))
 
 
-def test_captions_that_read_alike_and_duplicates_share_an_id(clip, tmp_path):
+def test_captions_that_read_alike_duplicates_and_equal_images_share_an_id(clip, tmp_path):
     schema = pa.schema([("key", pa.string()), ("caption", pa.string()), ("duplicate_group", pa.string())])
     rows = [("A  Red circle", "g1"), ("a red circle", None), ("a dog", "g1"), ("a cat", None)]
     with ShardWriter(tmp_path / "train-00000", schema, made_from="test") as shard:
         for number, (caption, group) in enumerate(rows):
             row = {"key": f"{number}", "caption": caption, "duplicate_group": group}
-            shard.add(row, tiny.picture("red", "circle", number), "png")
+            shard.add(row, tiny.picture("red", "circle", min(number, 2)), "png")
     pairs = PairDataset(read_pairs(tmp_path, "train"), EvaluationView(clip.preprocess), clip.tokenizer)
-    caption, duplicate = pairs.__getitems__([Draw(row, 0) for row in range(4)])["group"].T
+    caption, duplicate, image = pairs.__getitems__([Draw(row, 0) for row in range(4)])["group"].T
     assert caption[0] == caption[1]
     assert len(set(caption.tolist())) == 3
     assert duplicate[0] == duplicate[2]
     assert len(set(duplicate.tolist())) == 3
+    assert image[2] == image[3]
+    assert len(set(image.tolist())) == 3
 
 
 def test_a_dataset_without_duplicate_groups_is_read_too(clip, tmp_path):

@@ -3,10 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 from torch.nn.functional import normalize
 
-from finetune.losses import contrastive_loss, gather_embeddings, gather_ids, local_rows, positives
+from finetune.losses import contrastive_loss, gather_embeddings, gather_fixed, local_rows, positives, sigmoid_loss
 
 
 def batch(size: int = 6, width: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -99,56 +98,77 @@ def test_rows_average_to_the_whole():
 def test_without_processes_gathering_gives_the_batch_itself():
     image, _, _ = batch()
     assert gather_embeddings(image) is image
+    assert gather_fixed(image) is image
     assert local_rows(6) == slice(0, 6)
 
 
-# --- two processes ----------------------------------------------------------------------------------------------------
+# --- SigLIP -----------------------------------------------------------------------------------------------------------
 
 
-class Towers(torch.nn.Module):
-    """Two linear towers and a temperature."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.image, self.text = torch.nn.Linear(7, 5).double(), torch.nn.Linear(4, 5).double()
-        self.logit_scale = torch.nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
-
-    def forward(self, pixels: torch.Tensor, tokens: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-        rows = local_rows(len(pixels))
-        image = gather_embeddings(normalize(self.image(pixels), dim=-1))
-        text = gather_embeddings(normalize(self.text(tokens), dim=-1))
-        matches = positives(gather_ids(group))
-        return contrastive_loss(image, text, self.logit_scale, positives_BB=matches, rows=rows)
+B = torch.tensor(-2.1, dtype=torch.float64, requires_grad=True)
 
 
-def towers_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    random = torch.Generator().manual_seed(2)
-    pixels, tokens = (torch.randn(8, width, generator=random, dtype=torch.float64) for width in (7, 4))
-    return pixels, tokens, torch.tensor([1, 2, 3, 1, 4, 5, 3, 6])
+def sigmoid_by_hand(image: np.ndarray, text: np.ndarray, t: float, b: float, targets: np.ndarray) -> float:
+    """Pair by pair: the probability of a yes, and the entropy of the target against it."""
+    total = 0.0
+    for i, x in enumerate(image):
+        for j, y in enumerate(text):
+            yes = 1 / (1 + np.exp(-(np.exp(t) * x @ y + b)))
+            total -= targets[i, j] * np.log(yes) + (1 - targets[i, j]) * np.log(1 - yes)
+    return total / len(image)
 
 
-def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+def test_the_sigmoid_loss_and_its_gradients_are_those_of_the_papers_algorithm():
+    image, text, t = batch()
+    given = (image, text, t, B)
+    loss = sigmoid_loss(*given)
+    # Zhai et al. 2023, algorithm 1
+    n = len(image)
+    logits = image @ text.T * torch.exp(t) + B
+    labels = 2 * torch.eye(n, dtype=torch.float64) - torch.ones(n, n, dtype=torch.float64)
+    paper = -torch.sum(torch.nn.functional.logsigmoid(labels * logits)) / n
+    assert loss.item() == pytest.approx(paper.item(), abs=1e-12)
+    for ours, papers in zip(torch.autograd.grad(loss, given), torch.autograd.grad(paper, given), strict=True):
+        torch.testing.assert_close(ours, papers, rtol=0, atol=1e-12)
 
 
-def one_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model = torch.nn.parallel.DistributedDataParallel(Towers())
-    loss = model(*(x[rank * 4 : rank * 4 + 4] for x in towers_inputs()))
-    loss.backward()
-    torch.save({"loss": loss.detach(), **gradients(model)}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+def test_the_sigmoid_loss_is_that_of_open_clip():
+    from open_clip.loss import SigLipLoss
+
+    image, text, t = batch()
+    assert sigmoid_loss(image, text, t, B).item() == pytest.approx(SigLipLoss()(image, text, t.exp(), B).item())
 
 
-def test_two_processes_give_the_gradients_of_the_one_large_batch(tmp_path):
-    torch.multiprocessing.spawn(one_rank, args=(str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]  # noqa: TID251 - written above
-    model = Towers()
-    loss = model(*towers_inputs())
-    loss.backward()
-    assert ((ranks[0]["loss"] + ranks[1]["loss"]) / 2).item() == pytest.approx(loss.item(), abs=1e-12)
-    for name, expected in gradients(model).items():
-        for rank in ranks:
-            torch.testing.assert_close(rank[name], expected, rtol=1e-10, atol=1e-12)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_several_positives_are_as_many_yeses(smoothing):
+    image, text, t = batch()
+    matches = positives(torch.tensor([1, 2, 1, 3, 2, 1]))
+    loss = sigmoid_loss(image, text, t, B, positives_BB=matches, label_smoothing=smoothing)
+    targets = (1 - smoothing) * matches.numpy() + smoothing / 6
+    expected = sigmoid_by_hand(image.detach().numpy(), text.detach().numpy(), 1.3, -2.1, targets)
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda *given: sigmoid_loss(*given, positives_BB=matches, label_smoothing=smoothing), (image, text, t, B)
+    )
+
+
+def test_with_all_captions_distinct_it_is_the_plain_sigmoid_loss():
+    image, text, t = batch()
+    distinct = positives(torch.arange(6))
+    assert torch.equal(sigmoid_loss(image, text, t, B, positives_BB=distinct), sigmoid_loss(image, text, t, B))
+
+
+def test_rows_of_the_sigmoid_loss_average_to_the_whole():
+    image, text, t = batch()
+    matches = positives(torch.tensor([1, 2, 1, 3, 2, 1]))
+    whole = sigmoid_loss(image, text, t, B, positives_BB=matches)
+    parts = [sigmoid_loss(image, text, t, B, positives_BB=matches, rows=slice(i, i + 3)) for i in (0, 3)]
+    assert (sum(parts) / 2).item() == pytest.approx(whole.item(), abs=1e-12)
+
+
+def test_large_logits_stay_finite():
+    image, _, _ = batch()
+    t = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    loss = sigmoid_loss(image, -image, t, B)
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(gradient).all() for gradient in torch.autograd.grad(loss, (image, t)))
