@@ -117,18 +117,20 @@ def logit_divergence(
         start_logit_scale: its temperature.
         rows: as in `contrastive_loss`.
     """
-    now = (image_embedding_BD, text_embedding_BD)
-    start = (start_image_BD, start_text_BD)
-    ways = [
-        functional.kl_div(
-            _logits(*now[::way], logit_scale, rows).log_softmax(dim=1),
-            _logits(*start[::way], start_logit_scale, rows).log_softmax(dim=1),
-            reduction="batchmean",
-            log_target=True,
-        )
-        for way in (1, -1)
-    ]
-    return (ways[0] + ways[1]) / 2
+    per_image = _divergence(
+        _logits(image_embedding_BD, text_embedding_BD, logit_scale, rows),
+        _logits(start_image_BD, start_text_BD, start_logit_scale, rows),
+    )
+    per_text = _divergence(
+        _logits(text_embedding_BD, image_embedding_BD, logit_scale, rows),
+        _logits(start_text_BD, start_image_BD, start_logit_scale, rows),
+    )
+    return (per_image + per_text) / 2
+
+
+def _divergence(logits_BB: Tensor, start_logits_BB: Tensor) -> Tensor:
+    now, start = logits_BB.log_softmax(dim=1), start_logits_BB.log_softmax(dim=1)
+    return functional.kl_div(now, start, reduction="batchmean", log_target=True)
 
 
 def _logits(of_BD: Tensor, against_BD: Tensor, logit_scale: Tensor, rows: slice) -> Tensor:

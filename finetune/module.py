@@ -186,7 +186,7 @@ class CLIPModule(lightning.LightningModule):
             return parts | (self._distillation((image, text), start, rows) if start else {})
 
     def _contrast(self, image: Tensor, text: Tensor, positives_BB: Tensor | None, rows: slice) -> Tensor:
-        given = {"positives_BB": positives_BB, "label_smoothing": self.loss.label_smoothing, "rows": rows}
+        given: Any = {"positives_BB": positives_BB, "label_smoothing": self.loss.label_smoothing, "rows": rows}
         scale = self.model.logit_scale.to(image.dtype)
         if self.is_sigmoid:
             return sigmoid_loss(image, text, scale, self.model.logit_bias.to(image.dtype), **given)
@@ -207,6 +207,15 @@ class CLIPModule(lightning.LightningModule):
 
     def _group(self, batch: Batch) -> Tensor | None:
         return batch["group"] if self.loss.multi_positive else None
+
+    def batch_loss(self, batch: Batch, *, gather: bool) -> Tensor:
+        """The contrast of a batch alone, without what holds the CLIP to its start.
+
+        Args:
+            batch: pixels, tokens and, for several positives, group (finetune/data.py).
+            gather: as for `losses`.
+        """
+        return self.losses(self.embed(batch), self._group(batch), gather=gather)["contrastive"]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one step, logged with its parts, the factor of the logits and the learning rate."""
@@ -234,8 +243,8 @@ class CLIPModule(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log val/loss: the contrast alone, its mean over batches, which depends on their size."""
         del batch_idx
-        loss = self.losses(self.embed(batch), self._group(batch), gather=False)["contrastive"]
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["pixels"]), sync_dist=True)
+        size = len(batch["pixels"])
+        self.log("val/loss", self.batch_loss(batch, gather=False), prog_bar=True, batch_size=size, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, with warm-up and cosine over the steps of this run."""

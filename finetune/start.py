@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +72,9 @@ class Start(nn.Module):
         a, b = (_wide(model.get_parameter(layer + end)).flatten(1) for end in LORA)
         a0, b0 = (_wide(self.of(layer + end)).flatten(1) for end in LORA)
         left, right = torch.cat([b - b0, b0], dim=1), torch.cat([a, a - a0])
-        scale: float = model.get_submodule(layer).scaling["default"]  # type: ignore[index]
-        return scale**2 * ((left.T @ left) * (right @ right.T)).sum()
+        scaling: Any = model.get_submodule(layer).scaling
+        squares: Tensor = (left.T @ left) * (right @ right.T)
+        return scaling["default"] ** 2 * squares.sum()
 
 
 @contextmanager
