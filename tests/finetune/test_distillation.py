@@ -337,3 +337,15 @@ def test_a_run_is_held_and_says_by_what(dataset, architectures, start_weights, t
         assert float(row["train/loss"]) == pytest.approx(sum(parts), rel=1e-5)
     assert "train/distill_logit" not in steps[0]
     assert "train/contrastive" not in read_metrics(tmp_path / "free")[0]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_run_is_held_in_any_precision(dataset, architectures, start_weights, tmp_path, precision, kind):
+    loss = LossConfig(kind=kind, **HELD)
+    config = held_config(tmp_path, dataset, architectures["tiny-vit"], start_weights["tiny-vit"], loss, "lora")
+    fit(replace(config, trainer=replace(config.trainer, precision=precision, max_steps=3)))
+    first, *_, last = [row for row in read_metrics(tmp_path) if row["train/loss"]]
+    # Dropout apart, nothing has moved before the first step.
+    assert float(first["train/l2_start"]) == 0
+    assert all(0 < float(last[f"train/{name}"]) < 10 for name in HELD)
