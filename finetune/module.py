@@ -141,7 +141,7 @@ class CLIPModule(lightning.LightningModule):
         loss = self.batch_loss(batch, gather=True)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["pixels"]), sync_dist=True)
         self.log("train/logit_scale", self.model.logit_scale.detach().exp())
-        self.log("lr-AdamW", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.log("lr-AdamW", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
