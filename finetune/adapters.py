@@ -12,6 +12,7 @@ a locked tower: LiT (2111.07991).
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def _inject_lora(model: nn.Module, config: AdapterConfig) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     if "projection" in config.targets:
-        _open_projections(model, config)
+        open_projections(model, config.lock)
     image = r"visual\..*"  # peft matches patterns against whole names; all else is the text tower's
     lora = LoraConfig(
         r=config.rank_of("text"),
@@ -167,12 +168,12 @@ def _inject_lora(model: nn.Module, config: AdapterConfig) -> None:
     inject_adapter_in_model(lora, model)
 
 
-def _open_projections(model: nn.Module, config: AdapterConfig) -> None:
-    """Give the bare projections of the trained towers a layer that an adapter can be put on."""
+def open_projections(model: nn.Module, locked: Sequence[str] = ()) -> None:
+    """Give the bare projections of the towers that are not locked, in place, a layer that an adapter can be put on."""
     text = model if hasattr(model, "text_projection") else model.text
     for tower, owner, name in (("image", model.visual, "proj"), ("text", text, "text_projection")):
         bare = getattr(owner, name, None)
-        if tower not in config.lock and isinstance(bare, nn.Parameter | nn.Linear):
+        if tower not in locked and isinstance(bare, nn.Parameter | nn.Linear):
             setattr(owner, name, Projection(bare))
 
 
@@ -228,7 +229,8 @@ def lora_config(model: nn.Module) -> Any:
 def save_adapter(model: nn.Module, folder: Path) -> None:
     """Write the LoRA alone, in peft's format: `adapter_model.safetensors` and `adapter_config.json`.
 
-    It applies to the split form of the same CLIP (`split_attention`). The temperature, which is no part of peft's
+    It applies to the split form of the same CLIP (`split_attention`; with the target projection `open_projections`
+    too). The temperature, which is no part of peft's
     format, is in the file's metadata as `logit_scale`. PiSSA's applies to the weights that training started from: peft
     takes their largest singular values off again when it loads it.
 
