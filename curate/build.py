@@ -30,6 +30,10 @@ def build(config: BuildConfig, stages: Sequence[str] = ()) -> None:
             arrive or nothing was kept to train on.
     """
     _check_filters(config)
+    if config.executor == "ray":
+        from curate.executor import cluster
+
+        cluster.check_installed()
     chosen = [name for name in STAGES if name in stages] or list(STAGES)
     if "plan" in chosen and not config.urls:
         raise ConfigError(
@@ -74,7 +78,7 @@ def _fetch(config: BuildConfig) -> None:
     from curate import fetch
 
     _needs(config.out / "plan", "plan")
-    result = fetch.run(config.out, config.fetch, retry_failed=config.retry_failed)
+    result = fetch.run(config.out, config.fetch, retry_failed=config.retry_failed, executor=config.executor)
     arrived, total = result.counts.get("success", 0), sum(result.counts.values())
     failed = {reason: count for reason, count in result.counts.items() if reason != "success"}
     _say("fetch", bool(result.made), f"{arrived:,} of {total:,} images arrived")
@@ -89,7 +93,7 @@ def _measure(config: BuildConfig) -> None:
     from curate import measure
 
     _needs(config.out / "raw", "fetch")
-    result = measure.run(config.out, config.measure)
+    result = measure.run(config.out, config.measure, executor=config.executor)
     what = f"{result.made:,} files of signals made, {result.reused:,} were there"
     _say("measure", bool(result.made), what)
 

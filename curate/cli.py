@@ -5,7 +5,6 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
-import difflib
 import errno
 import logging
 import os
@@ -14,15 +13,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import resources
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from curate.ask.arguments import DiffOptions, EngineOptions, ExplainOptions, SqlOptions, VerifyOptions
 from curate.config import BuildConfig, ConceptsConfig
-from curate.errors import CliptailorError, ConfigError, UnwantedResult, UnwritableDisk, did_you_mean
-from curate.options import add_config, as_config, new_parser, parse
+from curate.errors import CliptailorError, ConfigError, UnwantedResult, UnwritableDisk
+from curate.options import add_config, as_config, located, new_parser, parse, preset, with_presets
 
 COMMANDS = {
     "build": """From a list of URLs and captions to a clean, deduplicated, documented dataset, in shards.
@@ -75,6 +72,7 @@ INTERRUPTED = "curate: interrupted; what is done is kept, the same command conti
 GRACE_S = 5.0
 # The disk's or the system's limits, which no row and no bug is to blame for.
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE))
+CONFIGS = {name: OPTIONS.get(name, BuildConfig) for name in COMMANDS}
 DEFAULT_RECIPE = "default"
 CONCEPTS_SHOWN = 20
 
@@ -97,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 error = UnwritableDisk(f"{error.strerror}{where}; what is done is kept, the same command continues")
             if not isinstance(error, CliptailorError):
                 raise
-            print(f"curate: {error}", file=sys.stderr)
+            print(f"curate: {located(str(error), words, CONFIGS)}", file=sys.stderr)
             sys.exit(error.exit_status)
 
 
@@ -155,7 +153,7 @@ def _run(arguments: list[str]) -> None:
     if not arguments:
         parser.print_help(sys.stderr)
         sys.exit(2)
-    read = parse(parser, _with_recipe(arguments), {name: OPTIONS.get(name, BuildConfig) for name in COMMANDS})
+    read = parse(parser, _with_recipe(arguments), CONFIGS)
     command = read["command"]
     options: Any = as_config(read[command], OPTIONS.get(command, BuildConfig))
     if isinstance(options, ConceptsConfig):
@@ -252,38 +250,10 @@ def _with_recipe(arguments: list[str]) -> list[str]:
     """Without a `--config` the default recipe rules; one of one's own, or a preset by its name, replaces it whole."""
     if not arguments or arguments[0] not in COMMANDS or arguments[0] in OPTIONS:
         return arguments
-    words, given = [arguments[0]], False
-    for before, word in pairwise(arguments):
-        flag, equals, value = word.partition("=")
-        if before == "--config":
-            words.append(_recipe(word))
-        elif flag == "--config" and equals:
-            words.append(f"--config={_recipe(value)}")
-        else:
-            words.append(word)
-        given |= flag == "--config"
-    return words if given else [arguments[0], "--config", _presets()[DEFAULT_RECIPE], *arguments[1:]]
-
-
-def _recipe(name: str) -> str:
-    """The path of a configuration: a file of that name, else the preset.
-
-    Raises:
-        ConfigError: there is neither; names the presets.
-    """
-    presets = _presets()
-    if Path(name).is_file() or (Path(name).exists() and name not in presets):
-        return name
-    if name not in presets:
-        near = did_you_mean(name, presets) if difflib.get_close_matches(name, presets, n=1) else ""
-        raise ConfigError(f"--config {name}: no such file, and no preset; presets: {', '.join(presets)}.{near}")
-    return presets[name]
-
-
-def _presets() -> dict[str, str]:
-    """Path of each recipe that ships, by its name."""
-    with resources.as_file(resources.files("curate") / "recipes") as folder:
-        return {path.stem: str(path) for path in sorted(folder.glob("*.yaml"))}
+    given = any(word.partition("=")[0] == "--config" for word in arguments)
+    if not given:
+        return [arguments[0], "--config", preset(DEFAULT_RECIPE, "curate"), *arguments[1:]]
+    return with_presets(arguments, "curate")
 
 
 def _concepts(config: ConceptsConfig) -> None:

@@ -33,6 +33,7 @@ class PlanConfig:
 
 
 AGENT = "cliptailor"
+EXECUTORS = ("local", "ray")
 ENGINES = ("native", "img2dataset")
 RESIZE_MODES = ("no", "border", "keep_ratio", "keep_ratio_largest", "center_crop")
 ENCODE_FORMATS = ("jpg", "webp", "png")
@@ -252,6 +253,9 @@ class BuildConfig:
     """Seed of every random choice: sample, shuffle, split."""
     retry_failed: bool = False
     """Ask again for the rows of an earlier run that failed for a reason that may pass: timeout, dns, 503 …"""
+    executor: str = "local"
+    """Where fetch and measure run: local, on this machine; or ray, on all nodes of a running Ray cluster; see
+    docs/scale.md. Needs pip install 'cliptailor[ray]'."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
@@ -260,6 +264,9 @@ class BuildConfig:
     select: SelectConfig = field(default_factory=SelectConfig)
     pack: PackConfig = field(default_factory=PackConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("executor", self.executor, EXECUTORS)
 
 
 def parse_network(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, int | None]:

@@ -1,39 +1,31 @@
 """From YAML files and dotted flags to a configuration dataclass, with one clear line for every mistake.
 
-jsonargparse parses, checks types and prints (`--print_config`). Added here: unknown keys of a YAML file are found
-before anything is parsed (jsonargparse passes over a section that is not a mapping), with the nearest key there is; its
-several-line messages become one; and each option's help is the docstring under its field. Imports nothing heavy.
+jsonargparse parses, checks types and prints (`--print_config`). Added here: a YAML file is checked against the
+dataclass before anything is parsed, so that a mistake has its line (jsonargparse knows none, and passes over a section
+that is not a mapping); an unknown key comes with the nearest there is; jsonargparse's several-line messages become one;
+and each option's help is the docstring under its field. Imports nothing heavy.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import difflib
-import inspect
 import re
 import textwrap
-import types
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace  # type: ignore[attr-defined]
 
 from curate.errors import ConfigError, did_you_mean
+from curate.keys import alternatives, documented, fits, hint_of, in_words, no_such_key, section_of, shown
 
 Config = TypeVar("Config")
-WORDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    Path: "a path",
-    type(None): "null",
-}
 
 
 # --- building a parser -----------------------------------------------------------------------------------------------
@@ -58,60 +50,19 @@ def add_config(parser: ArgumentParser, config: type) -> None:
     """Add `--config FILE` and a flag for each key of a configuration dataclass, its docstring as help."""
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; flags after it override it.")
     parser.add_class_arguments(config)
-    documented = dict(_documented(config))
+    docs = dict(documented(config))
     for action in parser._actions:
-        if action.dest in documented:
-            action.help = documented[action.dest].replace("%", "%%") or argparse.SUPPRESS
+        if action.dest in docs:
+            action.help = docs[action.dest].replace("%", "%%") or argparse.SUPPRESS
     for group in parser._action_groups:
         if group.title and group.title.startswith("<class") and group._group_actions:
             group.title = group._group_actions[-1].dest.rpartition(".")[0] or "run"
 
 
-def _documented(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, docstring) of every field; a section's is empty: it is shown by its keys.
-
-    Not that of a section that may be null: jsonargparse prints no configuration of an option without help.
-    """
-    docs = _field_docs(config)
-    for name, hint in get_type_hints(config).items():
-        key = f"{prefix}.{name}" if prefix else name
-        section = section_of(hint)
-        yield key, "" if is_dataclass(hint) else docs.get(name, "")
-        if section:
-            yield from _documented(section, key)
-
-
-def section_of(hint: Any) -> type | None:
-    """The dataclass that a type is, or is beside null; None for anything else."""
-    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return next((part for part in parts if isinstance(part, type) and is_dataclass(part)), None)
-
-
-def _field_docs(config: type) -> dict[str, str]:
-    """Docstrings under the fields of a dataclass and its bases."""
-    docs: dict[str, str] = {}
-    for owner in reversed([kind for kind in config.__mro__ if is_dataclass(kind)]):
-        docs |= _own_field_docs(owner)
-    return docs
-
-
-def _own_field_docs(config: type) -> dict[str, str]:
-    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0].body  # type: ignore[attr-defined]
-    return {
-        field.target.id: inspect.cleandoc(text.value.value)
-        for field, text in pairwise(body)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(field.target, ast.Name)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-        and isinstance(text.value.value, str)
-    }
-
-
 # --- parsing ---------------------------------------------------------------------------------------------------------
 
 
-def parse(parser: ArgumentParser, arguments: Sequence[str], configs: dict[str, type]) -> Namespace:
+def parse(parser: ArgumentParser, arguments: Sequence[str], configs: Mapping[str, type]) -> Namespace:
     """Parse a command line and make its dataclasses.
 
     Args:
@@ -126,7 +77,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str], configs: dict[str, t
     if config:
         arguments = _spelled_out(arguments, config)
         for path in _config_files(arguments):
-            check_keys(path, config)
+            check_file(path, config)
     try:
         return parser.instantiate(parser.parse_args(list(arguments)))
     except argparse.ArgumentError as error:
@@ -135,7 +86,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str], configs: dict[str, t
 
 def _spelled_out(arguments: Sequence[str], config: type) -> list[str]:
     """Flags with hyphens as keys with underscores, and a true-or-false flag without a value as true."""
-    switches = {f"--{key}" for key, _ in _documented(config) if _hint_of(config, key) is bool}
+    switches = {f"--{key}" for key, _ in documented(config) if hint_of(config, key) is bool}
     words = []
     for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
         flag, equals, value = word.partition("=")
@@ -152,14 +103,13 @@ def read_config(path: Path, config: type[Config]) -> Config:
     Raises:
         ConfigError: as `parse`.
     """
-    check_keys(path, config)
+    lines = check_file(path, config)
     parser = new_parser("")
     add_config(parser, config)
     try:
-        read = parser.instantiate(parser.parse_args(["--config", str(path)]))
+        return as_config(parser.instantiate(parser.parse_args(["--config", str(path)])), config)
     except argparse.ArgumentError as error:
-        raise ConfigError(f"{path}: {_one_line(str(error), config)}") from error
-    return as_config(read, config)
+        raise ConfigError(_at_line(f"{path}: ", _one_line(str(error), config), lines)) from error
 
 
 def as_config(read: Namespace, config: type[Config]) -> Config:
@@ -175,56 +125,200 @@ def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
             yield Path(word.removeprefix("--config="))
 
 
-# --- unknown keys ----------------------------------------------------------------------------------------------------
+def located(message: str, arguments: Sequence[str], configs: Mapping[str, type]) -> str:
+    """A message that begins with a key, with the file and line that set it; not where a flag did.
+
+    Args:
+        message: of any error; one that begins with something else stays as it is.
+        arguments: the command line, which `parse` has taken.
+        configs: as for `parse`.
+    """
+    config = configs.get(arguments[0]) if arguments else None
+    found = re.match(r"([^\s:\[]+)(\[\d+\])?: ", message)
+    flags = {word.partition("=")[0].replace("-", "_").lstrip("_") for word in arguments if word.startswith("--")}
+    if not config or not found or found[1] in flags:
+        return message
+    for path in reversed(list(_config_files(arguments))):
+        try:
+            lines = check_file(path, config)
+        except ConfigError:  # the message itself, most likely
+            return message
+        if found[1] in lines:
+            return f"{path}:{lines[found[1]]}: {message}"
+    return message
 
 
-def check_keys(path: Path, config: type) -> None:
-    """Check that a YAML file has only keys that a configuration dataclass has.
+def _at_line(otherwise: str, message: str, lines: Mapping[str, int]) -> str:
+    line = lines.get(message.partition(":")[0])
+    return f"{otherwise[:-2]}:{line}: {message}" if line else otherwise + message
+
+
+# --- presets ---------------------------------------------------------------------------------------------------------
+
+
+def with_presets(arguments: Sequence[str], package: str) -> list[str]:
+    """A command line with the path of the preset in place of its name, after each `--config`.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown key; names the line or the nearest key.
+        ConfigError: there is neither such a file nor such a preset.
+    """
+    words = []
+    for before, word in pairwise(["", *arguments]):
+        flag, equals, value = word.partition("=")
+        if before == "--config":
+            words.append(preset(word, package))
+        elif flag == "--config" and equals:
+            words.append(f"--config={preset(value, package)}")
+        else:
+            words.append(word)
+    return words
+
+
+def preset(name: str, package: str) -> str:
+    """The path of a configuration: a file of that name, else the preset.
+
+    Raises:
+        ConfigError: there is neither; names the presets.
+    """
+    known = presets(package)
+    if Path(name).is_file() or (Path(name).exists() and name not in known):
+        return name
+    if name not in known:
+        near = did_you_mean(name, known) if difflib.get_close_matches(name, known, n=1) else ""
+        raise ConfigError(f"--config {name}: no such file, and no preset; presets: {', '.join(known)}.{near}")
+    return known[name]
+
+
+def presets(package: str) -> dict[str, str]:
+    """Path of each recipe that ships with a package, by its name."""
+    with resources.as_file(resources.files(package) / "recipes") as folder:
+        return {path.stem: str(path) for path in sorted(folder.glob("*.yaml"))}
+
+
+# --- YAML files, with line numbers -----------------------------------------------------------------------------------
+
+MAPPING, SEQUENCE = "tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads numbers as jsonargparse does and YAML 1.2 has it: 1e-4 is one; and no text as a date."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - the name and form that PyYAML gives it
+        first: [(tag, form) for tag, form in forms if tag != "tag:yaml.org,2002:timestamp"]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def check_file(path: Path, config: type) -> dict[str, int]:
+    """Check that a YAML file has only keys that a configuration dataclass has, each once, with values of their types.
+
+    Returns:
+        The line of each key, from 1.
+
+    Raises:
+        ConfigError: no such file, not YAML, empty, an unknown key, a value of another type; names file and line.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loader = _Loader(path.read_text(encoding="utf-8-sig"))
+        root = loader.get_single_node()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise ConfigError(f"--config {path}: cannot be read ({reason})") from error
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(f"--config {path}: cannot be read (no text: {error.reason})") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}: " if mark else ""
-        raise ConfigError(f"{path}: {line}not YAML ({getattr(error, 'problem', error)})") from error
-    if content is not None:
-        _check(content, config, "", str(path), config)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)})") from error
+    if root is None:
+        raise ConfigError(f"{path}: empty; expected {in_words(config)}")
+    file = _File(path, config, loader)
+    file.check(root, config, "")
+    return file.lines
 
 
-def _check(value: Any, hint: Any, key: str, path: str, top: type) -> None:
-    """Walk a YAML value along the type it should have."""
-    if get_origin(hint) is dict and isinstance(value, dict):
-        for name, item in value.items():
-            _check(item, get_args(hint)[1], f"{key}.{name}", path, top)
-    hint = section_of(hint)
-    if hint is None or (value is None and key):
-        return
-    if not isinstance(value, dict):
-        known = ", ".join(get_type_hints(hint))
-        raise ConfigError(f"{path}: {key or 'the file'}: expected keys ({known}), got {value!r}")
-    hints = get_type_hints(hint)
-    for name, item in value.items():
-        inner = f"{key}.{name}" if key else str(name)
-        if name not in hints:
-            raise ConfigError(f"{path}: no key '{inner}'.{nearest(inner, top, [*hints])}")
-        _check(item, hints[name], inner, path, top)
+@dataclass(frozen=True)
+class _File:
+    """A YAML file on its walk along the types it should have."""
 
+    path: Path
+    config: type
+    loader: Any
+    lines: dict[str, int] = field(default_factory=dict)
+    walked: set[int] = field(default_factory=set)
 
-def nearest(key: str, config: type, siblings: Sequence[str] = ()) -> str:
-    """` Did you mean …?` with what the key looks like, or where a key of that name is; else the keys beside it."""
-    leaf = key.rpartition(".")[2]
-    known = [name for name, _ in _documented(config)]
-    beside = difflib.get_close_matches(leaf, siblings, n=1)
-    elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
-    alike = difflib.get_close_matches(key, known, n=1)
-    found = [key.removesuffix(leaf) + name for name in beside] + elsewhere + alike
-    return f" Did you mean '{found[0]}'?" if found else did_you_mean(leaf, siblings)
+    def check(self, node: yaml.Node, hint: Any, key: str) -> None:
+        """Check the value of a key, and what is in it."""
+        for part in alternatives(hint):
+            inner = self._inner(node, part, key)
+            if inner is not None:
+                for each in inner:
+                    self.check(*each)
+                return
+        if isinstance(node, yaml.CollectionNode) and hint is Any:
+            return
+        value = self._value(node)
+        if isinstance(node, yaml.CollectionNode) or not fits(value, hint):
+            self._fail(node, f"{key or 'the file'}: expected {in_words(hint)}, got {shown(value)}", key)
+
+    def _inner(self, node: yaml.Node, hint: Any, key: str) -> list[tuple[yaml.Node, Any, str]] | None:
+        """(value, type, key) of all that is in a section, mapping or list; None if it is none of that type."""
+        origin, hints = get_origin(hint), get_args(hint)
+        if isinstance(node, yaml.MappingNode) and node.tag == MAPPING:
+            if is_dataclass(hint):
+                return self._section(node, hint, key)
+            if origin is dict:
+                return [(item, hints[1], f"{key}.{name}") for name, item in self._items(node, key)]
+        if isinstance(node, yaml.SequenceNode) and node.tag == SEQUENCE:
+            hints = hints * len(node.value) if origin is list else hints
+            if origin in (list, tuple) and len(hints) == len(node.value):
+                return [(node.value[n], hint, f"{key}[{n}]") for n, hint in enumerate(hints)]
+        return None
+
+    def _section(self, node: yaml.MappingNode, section: Any, key: str) -> list[tuple[yaml.Node, Any, str]]:
+        hints, inner = get_type_hints(section), []
+        for name, item in self._items(node, key):
+            full = f"{key}.{name}" if key else name
+            if name not in hints:
+                raise ConfigError(f"{self.path}:{self.lines[full]}: {no_such_key(full, self.config, [*hints])}")
+            inner.append((item, hints[name], full))
+        return inner
+
+    def _items(self, node: yaml.MappingNode, key: str) -> list[tuple[str, yaml.Node]]:
+        """(name, value) of a mapping, its merges (`<<`) with it."""
+        if id(node) not in self.walked:  # an alias leads here again
+            self.walked.add(id(node))
+            self._check_names(node, key)
+            try:
+                self.loader.flatten_mapping(node)
+            except yaml.YAMLError as error:
+                self._fail(node, f"not YAML ({getattr(error, 'problem', error)})")
+        for name, _ in node.value:
+            self.lines[f"{key}.{name.value}" if key else name.value] = name.start_mark.line + 1
+        return [(name.value, value) for name, value in node.value]
+
+    def _check_names(self, node: yaml.MappingNode, key: str) -> None:
+        seen: dict[str, int] = {}
+        for name, _ in node.value:
+            if not isinstance(name, yaml.ScalarNode):
+                self._fail(name, f"{key or 'the file'}: expected a name before the colon")
+            if name.value in seen:
+                full = f"{key}.{name.value}" if key else name.value
+                self._fail(name, f"{full}: given twice, first in line {seen[name.value]}")
+            seen[name.value] = name.start_mark.line + 1
+
+    def _value(self, node: yaml.Node) -> Any:
+        try:
+            return self.loader.construct_document(node)
+        except yaml.YAMLError as error:  # a tag such as !!python/object, a date that is none
+            self._fail(node, f"not YAML ({getattr(error, 'problem', error)})")
+
+    def _fail(self, node: yaml.Node, message: str, key: str = "") -> NoReturn:
+        # A list may begin in the line after its key.
+        raise ConfigError(f"{self.path}:{self.lines.get(key, node.start_mark.line + 1)}: {message}")
 
 
 # --- jsonargparse's messages in one line -----------------------------------------------------------------------------
@@ -234,13 +328,12 @@ def _one_line(message: str, config: type | None) -> str:
     """What jsonargparse says over several lines, as: key: expected …, got …."""
     unknown = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([^']+)'", message)
     if config and unknown:
-        key = unknown[1] or unknown[2]
-        return f"no key '{key}'.{nearest(key, config)}"
+        return no_such_key(unknown[1] or unknown[2], config)
     if inner := re.search(r'Parser key "([^"]+)":.*Option \'(\w+)\' is not accepted', message, re.DOTALL):
         return f"{inner[1]}: no key '{inner[2]}'.{did_you_mean(inner[2], _item_keys(config, inner[1]))}"
     value = re.search(r'Parser key "([^"]+)":.*(?:Got|Given) value: ([^\n]*)', message, re.DOTALL)
     if value and config:
-        return f"{value[1]}: expected {_expected(config, value[1])}, got {value[2]!r}"
+        return f"{value[1]}: expected {in_words(hint_of(config, value[1]))}, got {shown(value[2])}"
     if command := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
         return f"no command '{command[1]}'.{did_you_mean(command[1], re.findall(r'[a-z]+', command[2]))}"
     if missing := re.search(r"arguments are required: \w+\.(.*)", message):
@@ -251,38 +344,8 @@ def _one_line(message: str, config: type | None) -> str:
     return " ".join(message.split())
 
 
-def _hint_of(config: type | None, key: str) -> Any:
-    hint: Any = config
-    for name in key.split("."):
-        section = section_of(hint)
-        hint = get_type_hints(section).get(name) if section else None
-    return hint
-
-
 def _item_keys(config: type | None, key: str) -> list[str]:
     """Keys of the dataclass that is a key's value, or the item of a dict-valued key."""
-    hint = _hint_of(config, key)
+    hint = hint_of(config, key)
     section = section_of(get_args(hint)[1] if get_origin(hint) is dict else hint)
     return list(get_type_hints(section)) if section else []
-
-
-def _expected(config: type, key: str) -> str:
-    return in_words(_hint_of(config, key))
-
-
-def in_words(hint: Any) -> str:
-    """A type, for people: `int | None` → `a whole number or null`."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, inner))
-    if origin in (Union, types.UnionType):
-        return " or ".join(in_words(part) for part in inner)
-    if origin is list:
-        return f"a list, each {in_words(inner[0])}"
-    if origin is tuple:
-        return f"a list of {len(inner)}: " + ", ".join(in_words(part) for part in inner)
-    if origin is dict:
-        return "a mapping of names to " + in_words(inner[1])
-    if is_dataclass(hint):
-        return "keys (" + ", ".join(field.name for field in fields(hint)) + ")"
-    return WORDS.get(hint, str(hint))

@@ -59,7 +59,7 @@ class Projection(nn.Module):
 
     def __rmatmul__(self, pooled: Tensor) -> Tensor:
         """(B, D) → (B, E)."""
-        return self.linear(pooled)  # type: ignore[no-any-return]
+        return self.linear(pooled)
 
     def plain(self) -> nn.Parameter | nn.Linear:
         """What was given, with today's weights."""
@@ -156,7 +156,7 @@ def _inject_lora(model: nn.Module, config: AdapterConfig) -> None:
     image = r"visual\..*"  # peft matches patterns against whole names; all else is the text tower's
     lora = LoraConfig(
         r=config.rank_of("text"),
-        lora_alpha=config.alpha_of("text"),  # type: ignore[arg-type]
+        lora_alpha=config.alpha_of("text"),
         rank_pattern={image: config.rank_of("image")} if isinstance(config.rank, dict) else {},
         alpha_pattern={image: config.alpha_of("image")} if isinstance(config.alpha, dict) else {},
         lora_dropout=config.dropout,
@@ -174,7 +174,12 @@ def open_projections(model: nn.Module, locked: Sequence[str] = ()) -> None:
     for tower, owner, name in (("image", model.visual, "proj"), ("text", text, "text_projection")):
         bare = getattr(owner, name, None)
         if tower not in locked and isinstance(bare, nn.Parameter | nn.Linear):
-            setattr(owner, name, Projection(bare))
+            _exchange(owner, name, Projection(bare))
+
+
+def _exchange(owner: Any, name: str, new: nn.Parameter | nn.Module) -> None:
+    delattr(owner, name)  # else a module would not go where a parameter was
+    setattr(owner, name, new)
 
 
 def _target_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
@@ -217,7 +222,7 @@ def merge(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, Projection):
             owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, module.plain())
+            _exchange(model.get_submodule(owner), attribute, module.plain())
     join_attention(model)
 
 

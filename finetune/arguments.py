@@ -72,8 +72,8 @@ class PredictOptions:
 class ExportOptions(RunOptions):
     """Where to, and in which form."""
 
-    to: Literal["open_clip", "adapter"] = "open_clip"
-    """open_clip: all weights, LoRA merged; adapter: the LoRA alone, in peft's format."""
+    to: Literal["open_clip", "transformers", "adapter"] = "open_clip"
+    """open_clip, transformers (CLIPModel): all weights, LoRA merged; adapter: the LoRA alone, in peft's format."""
     out: Path
     """Folder to write."""
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from curate.errors import CliptailorError, ConfigError
-from curate.options import add_config, as_config, new_parser, parse
+from curate.options import add_config, as_config, located, new_parser, parse, with_presets
 from finetune.arguments import EvaluateOptions, ExportOptions, FiguresOptions, PredictOptions, ReportOptions
+from finetune.checks import check
 from finetune.config import ClipConfig, FitConfig
 
 if TYPE_CHECKING:
@@ -31,10 +32,12 @@ HELP = {
         Adapt a CLIP to a dataset, with figures before and after. The same command again continues an interrupted run.
 
           finetune fit --config domain.yaml --model.optimizer.lr 3e-5
-          finetune fit --config domain.yaml --print_config
+          finetune fit --config domain.yaml --print_config      # every key, and stop
+          finetune fit --config domain.yaml --dry_run           # the plan, and stop
+          finetune fit --config few --data.dataset dataset      # a recipe that ships: few, medium, large, lora, full, …
         """,
     "summary": """
-        What a configuration trains: the CLIP's parts, trained shares, GFLOPs, learning rates. Needs no weights, no data.
+        What a configuration trains: parts, trained shares, GFLOPs, learning rates. Needs no weights and no data.
 
           finetune summary --config domain.yaml
           finetune summary --model.clip.name RN50 --model.adapter.kind last --json
@@ -61,9 +64,10 @@ HELP = {
           finetune predict --run runs/domain --images shelf.jpg photos/ --queries "a full shelf" "an empty shelf"
         """,
     "export": """
-        Write a run's CLIP as a folder that open_clip loads (local-dir:FOLDER), or its LoRA alone.
+        Write a run's CLIP as a folder that open_clip (local-dir:FOLDER) or transformers loads, or its LoRA alone.
 
           finetune export --run runs/domain --to open_clip --out domain-clip
+          finetune export --run runs/domain --to transformers --out domain-clip-transformers
         """,
     "report": """
         Write RUN/report.html again.
@@ -83,7 +87,10 @@ OPTIONS: dict[str, type] = {
 }
 AS_JSON = {"--json": "Print JSON instead of a table."}
 SWITCHES = {
-    "fit": {"--restart": "Forget what an earlier run left in `out`."},
+    "fit": {
+        "--restart": "Forget what an earlier run left in `out`.",
+        "--dry_run": "Print the plan (data, steps, what is trained, memory) and stop; nothing is written.",
+    },
     "summary": AS_JSON,
     "validate": AS_JSON,
     "test": AS_JSON,
@@ -120,8 +127,15 @@ def build_parser() -> ArgumentParser:
 
 
 def fit(options: Namespace) -> None:
-    """Train, write the report, print before and after."""
+    """Print the plan, train, write the report, print before and after."""
     config = as_config(options, FitConfig)
+    check(config)
+    if options.get("dry_run"):
+        from finetune.fit import plan
+        from finetune.plan import tell
+
+        tell(plan(config), sys.stdout)
+        return
     from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 
     from finetune import report
@@ -300,10 +314,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _log_to_stderr()
     try:
+        arguments = with_presets(arguments, "finetune")
         options: Any = parse(build_parser(), arguments, OPTIONS)
         COMMANDS[options.command](options[options.command])
     except CliptailorError as error:
-        print(f"finetune: {error}", file=sys.stderr)
+        print(f"finetune: {located(str(error), arguments, OPTIONS)}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print("finetune: interrupted", file=sys.stderr)

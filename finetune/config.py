@@ -14,12 +14,38 @@ from curate.errors import ConfigError
 
 PROJECTIONS = ("q", "k", "v", "out", "fc", "proj", "projection", "conv", "pool")
 TOWERS = ("image", "text")
+WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")  # of files whose architecture is read from their shapes
 Precision = Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true"]
+# Arguments of lightning.Trainer that are no keys here: what stands in their place.
+NOT_TRAINER_KEYS = {
+    "default_root_dir": "everything is written into `out`",
+    "logger": "metrics.csv and TensorBoard are always written; another logger: CLIPModule in a Lightning script",
+    "callbacks": "not in a file; use CLIPModule and CLIPDataModule in a Lightning script (docs/finetune.md)",
+    "plugins": "not in a file; use CLIPModule and CLIPDataModule in a Lightning script (docs/finetune.md)",
+    "fast_dev_run": "use --dry_run for the plan alone, or trainer.max_steps",
+    "limit_train_batches": "an epoch is every pair once; use trainer.max_steps",
+    "limit_test_batches": "fit tests nothing; see `finetune test`",
+    "limit_predict_batches": "fit predicts nothing; see `finetune predict`",
+    "overfit_batches": "give a data.dataset of a few pairs",
+    "min_epochs": "nothing ends a run early but max_time; use trainer.max_epochs",
+    "min_steps": "nothing ends a run early but max_time; use trainer.max_steps",
+    "num_sanity_val_steps": "the untouched CLIP is evaluated before the first step anyway",
+    "enable_checkpointing": "checkpoints are what a run goes on from; see checkpoint_every_n_steps",
+    "enable_model_summary": "the plan says what is trained; see --dry_run",
+    "enable_autolog_hparams": "config.yaml in `out` has every key",
+    "inference_mode": "evaluation takes care of it",
+    "use_distributed_sampler": "data does its own sharding",
+    "reload_dataloaders_every_n_epochs": "data is the same in all epochs",
+    "barebones": "metrics and checkpoints are what a run is for",
+    "model_registry": "not here; checkpoints lie in `out`/checkpoints",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """Handed to `lightning.Trainer` as it is; the same names, the same meaning."""
+
+    not_here = NOT_TRAINER_KEYS
 
     accelerator: str = "auto"
     """auto takes the best there is: cuda, mps, cpu."""
@@ -42,10 +68,26 @@ class TrainerConfig:
     """Evaluate in one of so many epochs only; plays no part where val_check_interval counts steps."""
     gradient_clip_val: float | None = 1.0
     """Largest gradient norm."""
+    gradient_clip_algorithm: Literal["norm", "value"] | None = None
+    """value: clip each number of the gradient instead."""
+    accumulate_grad_batches: int = 1
+    """Batches a step. Their contrasts stay their own: this makes a step longer, not the contrastive batch larger."""
+    limit_val_batches: int | float | None = None
+    """Batches of the val split in val/loss (int), or a share of them (float); the metrics take all of it."""
+    max_time: str | None = None
+    """End after so long at the latest: DAYS:HH:MM:SS."""
     log_every_n_steps: int = 10
     """Log every so many steps."""
     deterministic: bool | None = None
     """Only deterministic algorithms."""
+    benchmark: bool | None = None
+    """Let cuDNN look for its fastest kernels first."""
+    sync_batchnorm: bool = False
+    """Statistics of BatchNorm over all devices, where they are trained: a ResNet from random weights."""
+    profiler: Literal["simple", "advanced", "pytorch"] | None = None
+    """Say at the end where the time went."""
+    detect_anomaly: bool = False
+    """Say which operation made a NaN; slow."""
     enable_progress_bar: bool = True
     """Show progress where there is a terminal."""
 
@@ -71,7 +113,9 @@ class ClipConfig:
     @property
     def brings_weights(self) -> bool:
         """Whether the name alone says which weights."""
-        return self.name.startswith(("local-dir:", "hf-hub:"))
+        return (
+            self.name.startswith(("local-dir:", "hf-hub:")) or self.name.endswith(WEIGHTS) or Path(self.name).is_dir()
+        )
 
     @property
     def weights(self) -> str | None:

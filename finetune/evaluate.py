@@ -3,7 +3,8 @@
 An evaluation keeps the *rank* of every sample (finetune/metrics.py), and everything else is read off them: the figures,
 their intervals, and the paired intervals of what training changed. Metric names have one order of words:
 
-    val/image_to_text/recall@1   val/text_to_image/median_rank   zero_shot/digits/top1   zero_shot/digits/per_class_mean
+    val/image_to_text/recall@1   val/text_to_image/median_rank   val/text_to_image/map
+    zero_shot/digits/top1        zero_shot/digits/per_class_mean zero_shot/digits/ece
 
 A recall@k or top-k with no more than k candidates is always 1 and left out.
 
@@ -30,15 +31,18 @@ import torch
 from PIL import Image
 
 from curate.errors import InputError
+from finetune.calibration import calibrated
 from finetune.metrics import (
     Outcomes,
     bootstrap_interval,
+    calibration_error,
     class_ranks,
+    mean_average_precision,
     median_rank,
     paired_bootstrap,
     per_class_mean,
     recall_at,
-    retrieval_ranks,
+    retrieve,
 )
 from finetune.prompts import zero_shot_classifier
 from finetune.sets import EvaluationSets, Images, RetrievalSet, ZeroShotSet
@@ -62,19 +66,40 @@ Tokenizer = Callable[[Sequence[str]], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The rank of every query of one task: in a retrieval direction, or (with `labels`) of each image's true class."""
+    """What came of every query of one task: a retrieval direction, or (with `labels`) a zero-shot classification.
+
+    Attributes:
+        ranks: of the best-placed true match, or of the true class.
+        candidates: how many there are.
+        precisions: retrieval: each query's average precision.
+        labels: classification: the number of each image's class.
+        predicted: that of the class with the highest score.
+        confidence: its probability.
+        calibrated: its probability with a fitted temperature.
+    """
 
     ranks: list[int]
     candidates: int
+    precisions: list[float] = field(default_factory=list)
     labels: list[int] | None = None
+    predicted: list[int] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    calibrated: list[float] = field(default_factory=list)
 
     def outcomes(self) -> dict[str, Outcomes]:
         """The task's metrics."""
         if self.labels is None:
             recalls = {f"recall@{k}": recall_at(self.ranks, k) for k in RECALLS if k == 1 or k < self.candidates}
-            return {**recalls, "median_rank": median_rank(self.ranks)}
+            rank, precision = median_rank(self.ranks), mean_average_precision(self.precisions)
+            return {**recalls, "median_rank": rank, "map": precision}
         tops = {f"top{k}": recall_at(self.ranks, k) for k in TOPS if k < self.candidates}
-        return {**tops, "per_class_mean": per_class_mean(self.ranks, self.labels)}
+        right = [predicted == label for predicted, label in zip(self.predicted, self.labels, strict=True)]
+        return {
+            **tops,
+            "per_class_mean": per_class_mean(self.ranks, self.labels),
+            "ece": calibration_error(self.confidence, right),
+            "ece_fitted": calibration_error(self.calibrated, right),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +152,10 @@ def metric_names(sets: EvaluationSets) -> list[str]:
     """Names of the metrics that these sets give."""
     rankings = {}
     for task in sets.retrieval:
-        rankings[f"{task.name}/image_to_text"] = Ranking([1], len(task.captions))
-        rankings[f"{task.name}/text_to_image"] = Ranking([1], len(task.images))
+        rankings[f"{task.name}/image_to_text"] = Ranking([1], len(task.captions), [1.0])
+        rankings[f"{task.name}/text_to_image"] = Ranking([1], len(task.images), [1.0])
     for zero_shot in sets.zero_shot:
-        rankings[f"zero_shot/{zero_shot.name}"] = Ranking([1], len(zero_shot.classes), [0])
+        rankings[f"zero_shot/{zero_shot.name}"] = Ranking([1], len(zero_shot.classes), [], [0], [0], [1.0], [1.0])
     return list(Evaluation("", rankings).outcomes())
 
 
@@ -213,11 +238,11 @@ def _normalised(features_BD: torch.Tensor) -> torch.Tensor:
 def _retrieve(towers: Encoder, task: RetrievalSet) -> tuple[dict[str, Ranking], dict[str, list[tuple[int, float]]]]:
     image_ND, caption_MD = towers.images(task.images), towers.captions(task.captions)
     pairs_P2 = torch.from_numpy(task.pairs)
-    to_text = retrieval_ranks(image_ND, caption_MD, pairs_P2)
-    to_image = retrieval_ranks(caption_MD, image_ND, pairs_P2.flip(1))
+    to_text, text_precision = retrieve(image_ND, caption_MD, pairs_P2)
+    to_image, image_precision = retrieve(caption_MD, image_ND, pairs_P2.flip(1))
     rankings = {
-        f"{task.name}/image_to_text": Ranking(to_text.tolist(), len(caption_MD)),
-        f"{task.name}/text_to_image": Ranking(to_image.tolist(), len(image_ND)),
+        f"{task.name}/image_to_text": Ranking(to_text.tolist(), len(caption_MD), text_precision.tolist()),
+        f"{task.name}/text_to_image": Ranking(to_image.tolist(), len(image_ND), image_precision.tolist()),
     }
     return rankings, _best_images(image_ND, caption_MD)
 
@@ -235,8 +260,23 @@ def _best_images(image_ND: torch.Tensor, caption_MD: torch.Tensor) -> dict[str, 
 def _classify(towers: Encoder, task: ZeroShotSet) -> Ranking:
     classifier_CD = zero_shot_classifier(towers.captions, task.classes, task.templates)
     score_NC = towers.images(task.images) @ classifier_CD.T
-    ranks = class_ranks(score_NC, torch.tensor(task.labels, device=score_NC.device))
-    return Ranking(ranks.tolist(), len(task.classes), task.labels)
+    label_N = torch.tensor(task.labels, device=score_NC.device)
+    # As a user of the classifier would have them; SigLIP's logit_bias is the same for all classes.
+    logit_NC = towers.model.logit_scale.exp() * score_NC
+    predicted_N = score_NC.argmax(1)
+    # Rounded: they are kept for every image, and further digits are the device's, not the model's.
+    confidence_N, calibrated_N = (
+        [round(each, 6) for each in probability_NC.gather(1, predicted_N[:, None])[:, 0].tolist()]
+        for probability_NC in (logit_NC.softmax(1), calibrated(logit_NC, label_N))
+    )
+    return Ranking(
+        class_ranks(score_NC, label_N).tolist(),
+        len(task.classes),
+        labels=task.labels,
+        predicted=predicted_N.tolist(),
+        confidence=confidence_N,
+        calibrated=calibrated_N,
+    )
 
 
 def pixel_batches(images: Images, preprocess: Preprocess, batch_size: int) -> Iterator[torch.Tensor]:

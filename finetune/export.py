@@ -1,10 +1,11 @@
-"""Write a trained CLIP where others can use it: an open_clip folder, or the LoRA alone in peft's format.
+"""Write a trained CLIP where others can use it: a folder of open_clip's or transformers', or the LoRA in peft's format.
 
     TO/open_clip_config.json         architecture (QuickGELU with it) and preprocessing
     TO/open_clip_model.safetensors   float32 weights, LoRA merged
     TO/tokenizer…                    where the CLIP has a Hugging Face tokenizer; open_clip has OpenAI's built in
 
 `open_clip.create_model_and_transforms("local-dir:TO")` and `open_clip.get_tokenizer("local-dir:TO")` need nothing else.
+`--to transformers` writes config.json, preprocessor_config.json and model.safetensors for `CLIPModel.from_pretrained`.
 The folder is read back before `export` returns, and its embeddings compared with those of the checkpoint.
 """
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from curate.clip import Clip
 
-Format = Literal["open_clip", "adapter"]
+Format = Literal["open_clip", "transformers", "adapter"]
 TOLERANCE = 1e-5
 
 
@@ -39,7 +40,7 @@ def export(
     Args:
         run: folder of a run, or a checkpoint file.
         to: folder to write.
-        format: open_clip (LoRA merged), or adapter: the LoRA alone, as peft writes it.
+        format: open_clip or transformers (LoRA merged), or adapter: the LoRA alone, as peft writes it.
         checkpoint: best, last, or the path of one.
 
     Raises:
@@ -53,7 +54,8 @@ def export(
         save_adapter(load_module(path).model, to)
         return path
     clip = load_trained_clip(path, "cpu")
-    write_open_clip(clip, to)
+    write = write_transformers if format == "transformers" else write_open_clip
+    write(clip, to)
     check_export(clip, to)
     return path
 
@@ -79,6 +81,29 @@ def write_open_clip(clip: Clip, to: Path) -> None:
         temporary.chmod(0o644)  # safetensors makes it its owner's alone
     config = {"model_cfg": clip.architecture, "preprocess_cfg": clip.preprocess_cfg}
     write_text(to / "open_clip_config.json", json.dumps(config, indent=2))
+
+
+def write_transformers(clip: Clip, to: Path) -> None:
+    """Write a plain CLIP as transformers' `CLIPModel.save_pretrained` would; config.json last.
+
+    Raises:
+        ModelError: transformers has no model of this architecture; or the folder holds an open_clip export.
+    """
+    import safetensors.torch
+
+    from curate.clip import huggingface
+
+    if (to / "open_clip_config.json").is_file():
+        raise ModelError(f"{to}: holds an open_clip export; give another folder")
+    configs = huggingface.transformers_configs(clip.architecture, clip.preprocess_cfg)
+    weights = huggingface.to_transformers(clip.model.state_dict(), clip.architecture)
+    to.mkdir(parents=True, exist_ok=True)
+    (to / "config.json").unlink(missing_ok=True)  # an earlier export's, which these weights may not fit
+    with atomic(to / "model.safetensors") as temporary:
+        safetensors.torch.save_file(weights, temporary, {"format": "pt"})
+        temporary.chmod(0o644)  # safetensors makes it its owner's alone
+    for name in ("preprocessor_config.json", "config.json"):
+        write_text(to / name, json.dumps(configs[name], indent=2))
 
 
 def check_export(clip: Clip, folder: Path) -> None:

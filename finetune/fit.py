@@ -24,14 +24,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from curate.clip import weights_fingerprint
 from curate.errors import Busy, ConfigError, did_you_mean
+from curate.options import read_config
 from curate.shards import fingerprint, sweep, write_text
 from finetune.config import FitConfig
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+
+    from finetune.data import CLIPDataModule
+    from finetune.module import CLIPModule
+    from finetune.plan import Plan
 
 logger = logging.getLogger("cliptailor")
 
@@ -42,6 +50,8 @@ IMMATERIAL = (
     "trainer.accelerator",
     "trainer.enable_progress_bar",
     "trainer.log_every_n_steps",
+    "trainer.profiler",
+    "trainer.detect_anomaly",
     "data.dataset",  # its content counts, not its place
     "data.replay_dataset",
     "data.num_workers",
@@ -59,7 +69,7 @@ OURS = (
     "report.html",
     "finished.json",
 )
-LOWER_IS_BETTER = ("val/loss", "median_rank")
+LOWER_IS_BETTER = ("val/loss", "median_rank", "ece", "ece_fitted")
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,18 @@ class FitResult:
     evaluation: Path
     resumed: bool = False
     finished_before: bool = False
+
+
+def plan(config: FitConfig) -> Plan:
+    """What `fit` would do; nothing is written, nothing trained.
+
+    Raises:
+        ConfigError, InputError, ModelError: as `fit`.
+    """
+    import lightning.pytorch  # noqa: F401 - sets its loggers' levels when it is imported
+
+    with _quiet():
+        return _plan(config, *_prepare(config))
 
 
 def fit(config: FitConfig, *, restart: bool = False) -> FitResult:
@@ -159,7 +181,8 @@ def _begin(config: FitConfig) -> None:
     if not any((config.out / "checkpoints").glob("*.ckpt")) and not (config.out / "finished.json").is_file():
         _forget(config.out)
     if path.is_file():
-        _check_same(path, _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(written))
+        before = _plain(asdict(read_config(path, FitConfig)))  # keys that it does not know yet have their defaults
+        _check_same(path, _flat(before), _flat(written))
         _check_same(path.with_name("inputs.json"), json.loads(path.with_name("inputs.json").read_text()), inputs)
         return
     write_text(path.with_name("inputs.json"), json.dumps(inputs, indent=1))
@@ -217,29 +240,47 @@ def _result(out: Path, **how: bool) -> FitResult:
 
 
 def _run(config: FitConfig) -> FitResult:
-    import lightning
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from finetune.data import CLIPDataModule
-    from finetune.module import CLIPModule
+    from finetune.plan import tell
 
     last = config.out / "checkpoints" / "last.ckpt"
     resumed = last.is_file()
-    lightning.seed_everything(config.seed_everything, verbose=False)
-    model = config.model
-    module = CLIPModule(model.clip, model.adapter, model.loss, model.optimizer)
-    data = CLIPDataModule(config.data, seed=config.seed_everything)
-    trainer = _trainer(config)
+    module, data, trainer = _prepare(config)
+    if _is_first_process():
+        tell(_plan(config, module, data, trainer))
     if resumed:
         logger.info("%s: going on from %s", config.out, last)
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    logger.info("training %s of %s parameters", f"{trained:,}", f"{sum(p.numel() for p in module.parameters()):,}")
-    trainer.fit(module, datamodule=data, ckpt_path=last if resumed else None, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=last if resumed else None, weights_only=True)
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
     if trainer.is_global_zero:
         write_text(config.out / "finished.json", json.dumps({"steps": trainer.global_step}))
     return _result(config.out, resumed=resumed)
 
 
-def _trainer(config: FitConfig) -> Any:
+def _prepare(config: FitConfig) -> tuple[CLIPModule, CLIPDataModule, Trainer]:
+    """Everything that training needs, made from the same seed each time."""
+    import lightning
+
+    from finetune.data import CLIPDataModule
+    from finetune.module import CLIPModule
+
+    lightning.seed_everything(config.seed_everything, verbose=False)
+    model = config.model
+    module = CLIPModule(model.clip, model.adapter, model.loss, model.optimizer)
+    return module, CLIPDataModule(config.data, seed=config.seed_everything), _trainer(config)
+
+
+def _plan(config: FitConfig, module: CLIPModule, data: CLIPDataModule, trainer: Trainer) -> Plan:
+    from finetune.plan import make_plan
+
+    data.setup()
+    return make_plan(config, module, data, trainer)
+
+
+def _trainer(config: FitConfig) -> Trainer:
     import lightning
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.loggers import TensorBoardLogger

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,31 @@ from finetune.config import OptimizerConfig
 from finetune.layers import Depths, tower_of
 
 MAX_LOGIT_SCALE = math.log(100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Parameters that the optimiser treats alike, in numbers."""
+
+    name: str
+    tensors: int
+    parameters: int
+    lr: float
+    weight_decay: float
+
+
+def groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
+    """What each group of trainable parameters will get."""
+    return [
+        Group(
+            name=group["name"],
+            tensors=len(group["params"]),
+            parameters=sum(parameter.numel() for parameter in group["params"]),
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+        )
+        for group in parameter_groups(model, config)
+    ]
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -72,8 +98,9 @@ def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:
-    """Learning rate of a step: a straight rise to lr over the warm-up, then half a cosine (or a straight line) towards
-    min_lr, or no change. Warm-up and cosine as in open_clip.
+    """Learning rate of a step: a straight rise to lr over the warm-up, then the schedule.
+
+    That is half a cosine or a straight line towards min_lr, or no change. Warm-up and cosine as in open_clip.
 
     Args:
         step: from 0; min_lr from `total` on.

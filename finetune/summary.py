@@ -22,7 +22,7 @@ from curate.clip import OPENAI_NAMES, Clip, load_clip
 from finetune.adapters import adapt
 from finetune.config import AdapterConfig, ClipConfig, ModelConfig
 from finetune.layers import Depths, block_of, tower_of
-from finetune.optim import parameter_groups
+from finetune.optim import Group, groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,17 +37,6 @@ class Part:
     """Of the adapters put beside them."""
     trained: int
     """Of both, how many are trained."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """Parameters that the optimiser treats alike."""
-
-    name: str
-    parameters: int
-    tensors: int
-    lr: float
-    weight_decay: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,16 +80,7 @@ def summarise(config: ModelConfig) -> Summary:
         image_gflops=image,
         caption_gflops=caption,
         parts=parts,
-        groups=[
-            Group(
-                name=group["name"],
-                parameters=sum(parameter.numel() for parameter in group["params"]),
-                tensors=len(group["params"]),
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-            )
-            for group in parameter_groups(clip.model, config.optimizer)
-        ],
+        groups=groups(clip.model, config.optimizer),
     )
 
 
@@ -168,10 +148,10 @@ def tables(summary: Summary) -> list[Table]:
         share = part.trained / (part.parameters + part.adapter)
         numbers = (f"{number:,}" for number in (part.parameters, part.adapter, part.trained))
         parts.add_row(part.tower, part.part, *numbers, f"{share:.1%}")
-    groups = Table(title="what the optimiser gives to each group", title_justify="left")
+    rates = Table(title="what the optimiser gives to each group", title_justify="left")
     for column in ("group", "tensors", "parameters", "peak lr", "weight decay"):
-        groups.add_column(column, justify="left" if column == "group" else "right", no_wrap=True)
+        rates.add_column(column, justify="left" if column == "group" else "right", no_wrap=True)
     for group in summary.groups:
-        rate = f"{group.lr:.3g}"
-        groups.add_row(group.name, f"{group.tensors}", f"{group.parameters:,}", rate, f"{group.weight_decay:g}")
-    return [parts, groups]
+        rate, decay = f"{group.lr:.3g}", f"{group.weight_decay:g}"
+        rates.add_row(group.name, f"{group.tensors}", f"{group.parameters:,}", rate, decay)
+    return [parts, rates]

@@ -48,13 +48,18 @@ def change_table(evaluation: Mapping[str, Any]) -> Table:
 def _style(metric: str, delta: Mapping[str, float]) -> str:
     if delta["low"] <= 0 <= delta["high"]:
         return "default"
-    better = delta["value"] < 0 if is_rank(metric) else delta["value"] > 0
+    better = delta["value"] < 0 if less_is_better(metric) else delta["value"] > 0
     return "green" if better else "red"
 
 
 def is_rank(metric: str) -> bool:
-    """Whether the metric is a rank, of which less is better; the others are shares."""
+    """Whether the metric is a rank; the others are shares."""
     return metric.endswith("median_rank")
+
+
+def less_is_better(metric: str) -> bool:
+    """Whether the metric is a rank or an error."""
+    return is_rank(metric) or metric.rpartition("/")[2].startswith("ece")
 
 
 def interval(metric: str, figure: Mapping[str, float], sign: str = "") -> str:

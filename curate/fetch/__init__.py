@@ -13,6 +13,7 @@
     local      images that are here already
     task       one shard to make
     reuse      what of an old raw shard still holds
+    nodes      on several machines: what each has of its own
     tell       what a run tells while it is at work
     img2dataset, img2dataset_process, img2dataset_errors       the other engine
     rows       the columns of a raw shard, and what each row says
@@ -27,7 +28,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,8 @@ from curate.shards import digest, fingerprint, made_from, read_rows, sweep, writ
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
-    from curate.executor import Do, Work
+    from curate.executor import Crew, Do, Work
+    from curate.fetch.hosts import Share
     from curate.fetch.task import ShardTask
 
 __all__ = ["RAW_COLUMNS", "SUCCESS", "FetchResult", "run"]
@@ -49,7 +51,7 @@ __all__ = ["RAW_COLUMNS", "SUCCESS", "FetchResult", "run"]
 logger = logging.getLogger("cliptailor")
 
 # Raise it when the same responses would be stored otherwise than before.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # Keys of FetchConfig that decide how fast and how patiently, not what is stored.
 MANNER_OF_FETCHING = frozenset(
     {
@@ -103,7 +105,7 @@ class FetchResult:
         return self.counts.get(SUCCESS, 0)
 
 
-def run(out: Path, config: FetchConfig, *, retry_failed: bool = False) -> FetchResult:
+def run(out: Path, config: FetchConfig, *, retry_failed: bool = False, executor: str = "local") -> FetchResult:
     """Make `out/raw` what `out/plan` and the configuration ask for; call it while holding the folder's lock.
 
     What an old shard has of a plan file's rows, fetched under the same settings, is kept; the rest is asked for. A
@@ -114,11 +116,14 @@ def run(out: Path, config: FetchConfig, *, retry_failed: bool = False) -> FetchR
         out: the dataset's folder.
         config: how.
         retry_failed: ask again for rows that failed for a reason that may pass.
+        executor: local, or ray: on all nodes of a cluster.
 
     Raises:
         InputError: `out` has no plan.
         Outage: nothing could be reached for too long; shards at work were not written.
     """
+    if executor != "local":
+        out = out.absolute()  # nodes need not share the current folder
     plan, raw = out / "plan", out / "raw"
     if not plan.is_dir():
         raise InputError(f"{plan}: no such folder; run `curate plan` first, or `curate build`, which does")
@@ -131,7 +136,7 @@ def run(out: Path, config: FetchConfig, *, retry_failed: bool = False) -> FetchR
     _tell_changes(raw / SETTINGS, settings, [task for task in todo if task.known is None])
     if todo:
         try:
-            _fetch(todo, out / STATE, config)
+            _fetch(todo, out, config, executor)
         finally:
             _tidy(raw)  # what killed workers left
     return FetchResult(_count([task.stem for task in tasks]), made=len(todo), reused=len(tasks) - len(todo))
@@ -205,31 +210,40 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _fetch(todo: list[ShardTask], state: Path, config: FetchConfig) -> None:
+def _fetch(todo: list[ShardTask], out: Path, config: FetchConfig, executor: str) -> None:
     from curate.executor import run_over
-    from curate.fetch import hosts, origins
     from curate.fetch.tell import Teller
 
-    processes = min(config.processes or _cores(), len(todo))
+    with (
+        _crew(todo, out, config, executor) as (crew, work),
+        Teller(todo) as teller,
+        closing(run_over(work, todo, crew, on_report=teller.report)) as outcomes,
+    ):
+        for outcome in outcomes:
+            if outcome.died and not _is_whole(outcome.item):
+                from curate.fetch.engine import write_dead_shard
+
+                counts = write_dead_shard(outcome.item, outcome.item.made_from + DIED)
+                teller.report(outcome.item, {"counts": counts, "kept": {}, "bytes": 0, "throttled": [], "paused": 0.0})
+
+
+@contextmanager
+def _crew(todo: list[ShardTask], out: Path, config: FetchConfig, executor: str) -> Iterator[tuple[Crew[Any], Work]]:
+    """The workers, and what they are to do."""
+    has_urls = todo[0].root is None
+    if executor == "ray":
+        from curate.fetch import nodes
+
+        with nodes.on_nodes(out, config, len(todo), partial(_work, config, has_urls=has_urls)) as crew_and_work:
+            yield crew_and_work
+        return
+    from curate.executor import Processes
+    from curate.fetch import hosts, origins
+
+    state, processes = out / STATE, min(config.processes or _cores(), len(todo))
     hosts.create(state / "hosts", processes)
     origins.prepare(state / "robots.sqlite")
-    with Teller(todo) as teller:
-        workers = run_over(
-            _work(config, state, has_urls=todo[0].root is None),
-            todo,
-            processes=processes,
-            on_report=teller.report,
-            on_death=partial(hosts.forget_worker, state / "hosts"),
-        )
-        with closing(workers) as outcomes:
-            for outcome in outcomes:
-                if outcome.died and not _is_whole(outcome.item):
-                    from curate.fetch.engine import write_dead_shard
-
-                    counts = write_dead_shard(outcome.item, outcome.item.made_from + DIED)
-                    teller.report(
-                        outcome.item, {"counts": counts, "kept": {}, "bytes": 0, "throttled": [], "paused": 0.0}
-                    )
+    yield Processes(processes), _work(config, state, has_urls=has_urls)
 
 
 def _is_whole(task: ShardTask) -> bool:
@@ -237,20 +251,20 @@ def _is_whole(task: ShardTask) -> bool:
     return made_from(task.stem.with_suffix(".parquet")) == task.made_from and task.stem.with_suffix(".tar").exists()
 
 
-def _work(config: FetchConfig, state: Path, *, has_urls: bool) -> Work:
+def _work(config: FetchConfig, state: Path, share: Share | None = None, *, has_urls: bool) -> Work:
     if config.engine == "img2dataset" and has_urls:
         from curate.fetch import img2dataset
 
         img2dataset.prepare()
         return partial(img2dataset.open_worker, state=state, config=config)
-    return partial(_native, state=state, config=config)
+    return partial(_native, state=state, config=config, share=share)
 
 
-def _native(number: int, *, state: Path, config: FetchConfig) -> AbstractAsyncContextManager[Do]:
+def _native(number: int, *, state: Path, config: FetchConfig, share: Share | None) -> AbstractAsyncContextManager[Do]:
     """The worker of the native engine, whose modules only it imports, and not this process."""
-    from curate.fetch import engine
+    from curate.fetch import engine, hosts
 
-    return engine.open_worker(number, state=state, config=config)
+    return engine.open_worker(number, state=state, config=config, share=share or hosts.WHOLE)
 
 
 def _count(stems: list[Path]) -> dict[str, int]:

@@ -34,7 +34,7 @@ from curate.fetch.budget import Budget
 from curate.fetch.decoding import Decoder, Journal
 from curate.fetch.frontier import Errand, Frontier
 from curate.fetch.guard import Guard
-from curate.fetch.hosts import Hosts
+from curate.fetch.hosts import WHOLE, Hosts, Share
 from curate.fetch.manners import SLOW_DOWN, backoff_after
 from curate.fetch.outage import Address, Watch
 from curate.fetch.robots import MOST_BYTES, Robots
@@ -67,13 +67,14 @@ MOST_OUTAGES = 8
 
 
 @asynccontextmanager
-async def open_worker(number: int, *, state: Path, config: FetchConfig) -> AsyncIterator[Do]:
+async def open_worker(number: int, *, state: Path, config: FetchConfig, share: Share = WHOLE) -> AsyncIterator[Do]:
     """What one worker process works with, for all of its shards.
 
     Args:
         number: of the worker.
         state: folder that the workers share: the turns of the hosts, and robots.sqlite.
         config: how to fetch.
+        share: this machine's part of the hosts' limits.
 
     Yields:
         A coroutine function that makes one shard; `report` is called twice a second with what came so far.
@@ -82,7 +83,7 @@ async def open_worker(number: int, *, state: Path, config: FetchConfig) -> Async
     cv2.setNumThreads(0)  # the decoding threads are enough
     # getaddrinfo blocks a thread for each name; asyncio's own few would be what all connections wait for.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="lookup"))
-    hosts = Hosts(state / "hosts", number, config.per_host, config.per_host_rate)
+    hosts = Hosts(state / "hosts", number, config.per_host, config.per_host_rate, share)
     try:
         async with open_session(config) as session:
             with Decoder(config) as decoder:

@@ -3,7 +3,11 @@
 The workers share a table in a file: a row of numbers for each slot, and a column of counts for each worker. A host's
 slot is a hash of its name; two hosts in one slot share a limit, which errs on the polite side. Asking is a few
 microseconds under a lock of the file (`fcntl`: the kernel gives it back when its holder dies). Each worker counts in a
-column of its own, so that the turns of a worker that was killed can be given back by clearing the column.
+column of its own, and holds a lock as long as it lives: who finds a host at its limit and a worker's lock free gives
+back the turns of that dead worker by clearing the column.
+
+The table is for the workers of one machine. Where several work on one dataset, each has a table of its own and a part
+of each limit (`Share`), so that the sum is what one machine would be allowed.
 
 The limit of a host that answers 429 or 503 is halved, its rate with it, and it is left alone for as long as it asks;
 each success after that lifts the limit a little, until it is what it was (additive increase, multiplicative decrease,
@@ -17,11 +21,13 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import hashlib
+import math
 import mmap
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -37,26 +43,37 @@ ONE_SIGN_S = 1.0
 LIFT = 0.2
 # How far a limit is lowered at most.
 LEAST_SHARE = 1 / 64
+# How often a worker at a host's limit looks whether those who hold its turns are alive.
+LOOK_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A machine's part of every host's limits: it is number `index`, from 0, of the `of` machines of a run."""
+
+    index: int = 0
+    of: int = 1
+
+    def at_once(self, per_host: int) -> int:
+        """Its part of so many requests at once; all parts add up to that."""
+        return per_host // self.of + (self.index < per_host % self.of)
+
+
+WHOLE = Share()
 
 
 def create(path: Path, workers: int) -> None:
     """Make the empty table of a new run.
 
     Args:
-        path: of the file; one that is there is replaced.
+        path: of the file; one that is there is replaced, and with it the locks of workers that are not quite dead yet.
         workers: how many processes will attach, numbered from 0.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
+    for old in (path, *path.parent.glob(f"{path.name}-*")):
+        old.unlink(missing_ok=True)
     with path.open("wb") as file:
         file.truncate(SLOTS * (DOUBLES * 8 + workers * 2))
-
-
-def forget_worker(path: Path, worker: int) -> None:
-    """Give back the turns that a worker held when it died."""
-    with path.open("rb+") as file:
-        file.seek(SLOTS * (DOUBLES * 8 + worker * 2))
-        file.write(bytes(SLOTS * 2))
 
 
 class Hosts:
@@ -67,10 +84,12 @@ class Hosts:
         worker: this worker's number.
         per_host: most requests to one host at once.
         rate: most requests a second to one host; 0 is no limit.
+        share: this machine's part of both.
     """
 
-    def __init__(self, path: Path, worker: int, per_host: int, rate: float) -> None:
-        self.per_host, self.spacing_s = per_host, 1 / rate if rate else 0.0
+    def __init__(self, path: Path, worker: int, per_host: int, rate: float, share: Share = WHOLE) -> None:
+        self.per_host, self.spacing_s = share.at_once(per_host), share.of / rate if rate else 0.0
+        self._pauses = share.of
         self._file = os.open(path, os.O_RDWR)
         self._map = mmap.mmap(self._file, 0)
         whole = memoryview(self._map)
@@ -81,6 +100,10 @@ class Hosts:
         self._own = worker * SLOTS
         self._slowed: set[str] = set()
         whole.release()
+        self._path, self._worker, self._looked_at = path, worker, -math.inf
+        self._life = os.open(_life(path, worker), os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(self._life, fcntl.LOCK_EX)  # waits for one of that number that is not quite dead yet
+        self._clear(worker)
 
     def ask(self, host: str) -> float:
         """0.0 if a request may go now (then call `done` after it), else in how many seconds to ask again."""
@@ -93,6 +116,7 @@ class Hosts:
                 return wait_s
             limit = self._limit(place)
             if self._in_flight(slot) >= max(1.0, limit):
+                self._bury(slot, now)
                 return POLL_S
             self._counts[self._own + slot] += 1
             pause_s = max(self.spacing_s * self.per_host / limit, numbers[place + PAUSE])
@@ -140,8 +164,8 @@ class Hosts:
                 self._numbers[place + LOWERED] = max(0.0, self._numbers[place + LOWERED] - LIFT)
 
     def pause_between(self, host: str, seconds: float) -> None:
-        """Heed a Crawl-delay: at least this long from one request's start to the next one's."""
-        place = _slot(host) * DOUBLES
+        """Heed a Crawl-delay: at least this long from one request's start to the next one's; longer, to share it."""
+        place, seconds = _slot(host) * DOUBLES, seconds * self._pauses
         if seconds > self._numbers[place + PAUSE]:
             with self._locked():
                 now = time.monotonic()
@@ -166,12 +190,32 @@ class Hosts:
         self._counts.release()
         self._map.close()
         os.close(self._file)
+        os.close(self._life)
 
     def _limit(self, place: int) -> float:
         return self.per_host - self._numbers[place + LOWERED]
 
     def _in_flight(self, slot: int) -> int:
         return sum(self._counts[worker * SLOTS + slot] for worker in range(self._workers))
+
+    def _bury(self, slot: int, now: float) -> None:
+        """Give back the turns of workers that died holding one of this slot's."""
+        if now - self._looked_at < LOOK_EVERY_S:
+            return
+        self._looked_at = now
+        for worker in range(self._workers):
+            if worker != self._worker and self._counts[worker * SLOTS + slot]:
+                life = os.open(_life(self._path, worker), os.O_RDWR)
+                try:
+                    fcntl.flock(life, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._clear(worker)
+                except BlockingIOError:
+                    pass
+                finally:
+                    os.close(life)
+
+    def _clear(self, worker: int) -> None:
+        self._counts[worker * SLOTS : (worker + 1) * SLOTS] = memoryview(bytes(SLOTS * 2)).cast("H")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -183,6 +227,11 @@ class Hosts:
             yield
         finally:
             fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+
+def _life(table: Path, worker: int) -> Path:
+    """The file that a worker holds a lock of (`flock`: the kernel gives it back when its holder dies)."""
+    return table.with_name(f"{table.name}-{worker}")
 
 
 @lru_cache(1 << 14)

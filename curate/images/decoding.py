@@ -28,8 +28,8 @@ from curate.ledger import Reason
 # libjpeg's work grows with the scans, and a file of a few kB can have a thousand; real ones have about ten.
 MAX_SCANS = 200
 # Scaled decoding leaves at least so many times the pixels a side that are wanted: what is then left to the area filter
-# looks as if all had been decoded (on sharp photographs at 256 pixels, 41 dB and more; 36 with 1.5 times).
-DCT_MARGIN = 1.8
+# looks as if all had been decoded (35 dB and more on the sharpest photograph, most often 40; 38 with 1.8 times).
+DCT_MARGIN = 1.5
 # libjpeg-turbo has vector code for these; by 8/7, 8/6, 8/5 or 8/3 it takes longer than for all pixels.
 _DCT_STEPS = (8, 4, 2)
 _COMPONENTS = {"Gray": 1, "CMYK": 4, "YCCK": 4}  # of a JPEG; of any other kind 3
@@ -156,8 +156,9 @@ def _turbo(content: bytes, header: Header, resize: Resize) -> RGB:
     wanted = DCT_MARGIN * (resize.factor(header.width, header.height) or 1.0)
     step = next((step for step in _DCT_STEPS if step * wanted <= 1), 1)
     least = {"min_width": math.ceil(header.width / step), "min_height": math.ceil(header.height / step)}
-    # What is scaled down needs no smooth colours between the few that a JPEG has.
-    size: dict[str, Any] = {**(least if step > 1 else {}), "fastupsample": wanted < DCT_MARGIN}
+    # What is scaled down needs no smooth colours between the few that a JPEG has, and no last bit.
+    quick = wanted < DCT_MARGIN
+    size: dict[str, Any] = {**(least if step > 1 else {}), "fastupsample": quick, "fastdct": quick}
     try:
         return simplejpeg.decode_jpeg(content, "RGB", **size)
     except ValueError as error:

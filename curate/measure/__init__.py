@@ -6,7 +6,7 @@
     own      the user's functions
 
 A group is made shard by shard, and a shard made anew only when its images, or what measures them, changed. What pixels
-tell is computed by `fetch`, while it holds them.
+tell is computed by `fetch`, while it holds them. `nodes` does the same on a Ray cluster.
 """
 
 from __future__ import annotations
@@ -49,20 +49,44 @@ class Group:
         name: of its folder.
         identity: what its values depend on, beside the raw shards.
         open: gives what measures a shard; models are loaded here, and only if there is something to measure.
+        device: of its model, as the configuration names it; None: it has none that runs on an accelerator.
     """
 
     name: str
     identity: object
     open: Callable[[], Measure]
+    device: str | None = None
 
 
-def run(out: Path, config: MeasureConfig) -> MeasureResult:
+@dataclass(frozen=True)
+class ShardTask:
+    """One file to make.
+
+    Attributes:
+        raw: stem of the raw shard.
+        signals: path of the file.
+        made_from: its fingerprint.
+    """
+
+    raw: Path
+    signals: Path
+    made_from: str
+
+
+def run(out: Path, config: MeasureConfig, *, executor: str = "local") -> MeasureResult:
     """Write `signals/GROUP/N.parquet` for each raw shard whose signals are not what they would be today.
+
+    Args:
+        out: the dataset's folder.
+        config: which signals.
+        executor: local, or ray: on all nodes of a cluster.
 
     Raises:
         ModelError: the CLIP cannot be loaded.
         ConfigError: a package is missing, or a signal of the user's own does not do what it says.
     """
+    if executor != "local":
+        out = out.absolute()  # nodes need not share the current folder
     folder, raw = out / "signals", shards_of(out / "raw")
     check(config)
     if raw:
@@ -74,7 +98,8 @@ def run(out: Path, config: MeasureConfig) -> MeasureResult:
         due = [stem for stem in raw if made_from(folder / group.name / f"{stem.name}.parquet") != wanted[stem]]
         made, reused = made + len(due), reused + len(raw) - len(due)
         if due:
-            images += _make(group, due, folder / group.name, wanted)
+            tasks = [ShardTask(stem, folder / group.name / f"{stem.name}.parquet", wanted[stem]) for stem in due]
+            images += _make(group, tasks, executor)
     return MeasureResult(made, reused, images)
 
 
@@ -96,7 +121,7 @@ def check(config: MeasureConfig) -> None:
 
 def _groups(config: MeasureConfig) -> Iterator[Group]:
     if config.text:
-        yield Group("text", None, lambda: _text)
+        yield Group("text", None, _open_text)
     if config.safety:
         from curate.measure import safety
 
@@ -105,23 +130,33 @@ def _groups(config: MeasureConfig) -> Iterator[Group]:
         from curate.clip import weights_fingerprint
 
         weights = weights_fingerprint(config.clip.name, config.clip.pretrained)
-        yield Group("clip", weights, partial(_open_clip, config.clip))
+        yield Group("clip", weights, partial(_open_clip, config.clip), config.clip.device)
     for signal in own_signals(config):
         from curate.measure import own
 
         yield Group(signal.name, own.identity(signal), partial(_open_own, signal))
 
 
-def _make(group: Group, due: list[Path], folder: Path, wanted: dict[Path, str]) -> int:
+def _make(group: Group, tasks: list[ShardTask], executor: str) -> int:
     """Make the files of a group; how many images they are of."""
     from curate.measure.images import count_images
 
-    images = sum(count_images(stem) for stem in due)
-    measure = group.open()
+    images = sum(count_images(task.raw) for task in tasks)
     with progress(f"measure {group.name}", images) as advance:
-        for stem in due:
-            write_parquet(measure(stem, advance), folder / f"{stem.name}.parquet", made_from=wanted[stem])
+        if executor == "ray":
+            from curate.measure import nodes
+
+            nodes.make(group, tasks, advance)
+        else:
+            measure = group.open()
+            for task in tasks:
+                make_one(measure, task, advance)
     return images
+
+
+def make_one(measure: Measure, task: ShardTask, advance: Advance) -> None:
+    """Make one file of signals."""
+    write_parquet(measure(task.raw, advance), task.signals, made_from=task.made_from)
 
 
 def _fingerprint(group: Group, stem: Path) -> str:
@@ -147,6 +182,10 @@ def _remove_stale(folder: Path, groups: set[str], names: set[str]) -> None:
 
 
 # --- the groups ------------------------------------------------------------------------------------------------------
+
+
+def _open_text() -> Measure:
+    return _text
 
 
 def _text(stem: Path, advance: Advance) -> pa.Table:

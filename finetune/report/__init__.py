@@ -27,8 +27,8 @@ from curate.html import MAX_BYTES, count, duration, render, share
 from curate.shards import fingerprint, write_text
 
 POINTS = 300  # of a curve; longer ones are averaged
-SHARES = ("recall@", "top", "per_class_mean", "accuracy")  # metrics from 0 to 1
-LOWER_IS_BETTER = ("loss", "median_rank")
+SHARES = ("recall@", "map", "top", "per_class_mean", "ece", "accuracy")  # metrics from 0 to 1
+LOWER_IS_BETTER = ("loss", "median_rank", "ece", "ece_fitted")
 PICTURE = re.compile(r"data:image/(jpeg|png|webp);base64,[A-Za-z0-9+/=]+")
 FACTS: dict[str, Callable[[Any], str]] = {
     "model": str,

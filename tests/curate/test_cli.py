@@ -54,7 +54,7 @@ def test_a_misspelt_key_in_a_file_is_named_with_the_file(tmp_path: Path, capsys:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("fetch:\n  retires: 3\n")
     status, message = failing(capsys, "build", "--config", str(recipe), "--urls", "x.txt")
-    assert (status, message) == (2, f"curate: {recipe}: no key 'fetch.retires'. Did you mean 'fetch.retries'?\n")
+    assert (status, message) == (2, f"curate: {recipe}:2: no key 'fetch.retires'. Did you mean 'fetch.retries'?\n")
 
 
 def test_a_value_of_another_kind_says_what_was_expected(capsys: pytest.CaptureFixture[str]) -> None:

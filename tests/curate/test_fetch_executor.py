@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from curate.errors import InputError
-from curate.executor import Outcome, WorkerError, run_over
+from curate.errors import InputError, UnwantedResult
+from curate.executor import Outcome, Processes, WorkerError, run_over
 
 
 def doing(function):
@@ -80,7 +80,7 @@ def eventually(condition, seconds=20):
 def test_every_item_has_one_outcome_and_reports_arrive(processes):
     reports = []
     with closing(
-        run_over(doing(square), range(5), processes=processes, on_report=lambda *r: reports.append(r))
+        run_over(doing(square), range(5), Processes(processes), on_report=lambda *r: reports.append(r))
     ) as outcomes:
         results = {outcome.item: outcome.result for outcome in outcomes}
     assert {item: result[0] for item, result in results.items()} == {0: 0, 1: 1, 2: 4, 3: 9, 4: 16}
@@ -92,7 +92,7 @@ def test_every_item_has_one_outcome_and_reports_arrive(processes):
 
 
 def test_no_items_start_no_worker():
-    assert list(run_over(doing(square), [], processes=2)) == []
+    assert list(run_over(doing(square), [], Processes(2))) == []
 
 
 @pytest.mark.parametrize(("deaths", "died"), [(0, False), (1, False), (2, True), (9, True)])
@@ -102,7 +102,7 @@ def test_a_killed_worker_is_noticed_and_its_item_is_tried_twice(tmp_path, deaths
         (tmp_path / name).mkdir()
         items.append((str(tmp_path / name), count))
     started = time.monotonic()
-    outcomes = {outcome.item: outcome for outcome in run_over(doing(die_at), items, processes=1)}
+    outcomes = {outcome.item: outcome for outcome in run_over(doing(die_at), items, Processes(1))}
     assert time.monotonic() - started < 20
     assert outcomes[items[0]] == Outcome(items[0], None if died else "done", died)
     assert not outcomes[items[1]].died or deaths > 1  # it may have been in the same worker both times
@@ -121,7 +121,7 @@ def wait_for_all(item, report):
 @pytest.mark.parametrize(("processes", "items", "workers"), [(1, 2, 1), (2, 2, 2), (2, 4, 2)])
 def test_a_worker_is_given_a_second_item_when_each_has_one(tmp_path, processes, items, workers):
     todo = [(str(tmp_path), number, items) for number in range(items)]
-    pids = [outcome.result for outcome in run_over(doing(wait_for_all), todo, processes=processes)]
+    pids = [outcome.result for outcome in run_over(doing(wait_for_all), todo, Processes(processes))]
     assert len(set(pids)) == workers
     assert all(pids.count(pid) == items // workers for pid in pids)
 
@@ -135,26 +135,33 @@ def die_together(item, report):
     time.sleep(600)
 
 
-def test_a_death_costs_both_items_of_the_worker_a_try_and_is_told_before_its_number_is_taken_again(tmp_path):
-    items, told = [(str(tmp_path), "first"), (str(tmp_path), "second")], []
-
-    def note(number):
-        told.append((number, len(list(tmp_path.iterdir()))))
-
-    outcomes = list(run_over(doing(die_together), items, processes=1, on_death=note))
+def test_a_death_costs_both_items_of_the_worker_a_try(tmp_path):
+    items = [(str(tmp_path), "first"), (str(tmp_path), "second")]
+    outcomes = list(run_over(doing(die_together), items, Processes(1)))
     assert sorted(outcomes, key=lambda outcome: outcome.item) == [Outcome(item, None, died=True) for item in items]
-    assert told == [(0, 2), (0, 4)]  # two tries each; the next worker had not begun when the first was told
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@asynccontextmanager
+async def die_at_the_start(number):
+    os.kill(os.getpid(), signal.SIGKILL)
+    yield
+
+
+def test_workers_that_never_come_up_are_no_fault_of_the_items():
+    with pytest.raises(UnwantedResult, match="no worker is left"):
+        list(run_over(die_at_the_start, range(3), Processes(2)))
 
 
 def test_what_a_worker_raises_is_raised_here_with_its_traceback():
     with pytest.raises(InputError, match="shard 2 is unreadable") as raised:
-        list(run_over(doing(raise_at), range(4), processes=1))
+        list(run_over(doing(raise_at), range(4), Processes(1)))
     assert isinstance(raised.value.__cause__, WorkerError)
     assert "raise_at" in str(raised.value.__cause__)
 
 
 def test_workers_do_not_hear_ctrl_c():
-    assert [outcome.result for outcome in run_over(doing(interrupt_myself), [1, 2], processes=1)] == [1, 2]
+    assert [outcome.result for outcome in run_over(doing(interrupt_myself), [1, 2], Processes(1))] == [1, 2]
 
 
 def test_the_first_worker_of_a_process_does_not_hear_ctrl_c_either(tmp_path):
@@ -162,10 +169,10 @@ def test_the_first_worker_of_a_process_does_not_hear_ctrl_c_either(tmp_path):
     script = tmp_path / "first.py"
     script.write_text("""
 from tests.curate.test_fetch_executor import doing, interrupt_myself
-from curate.executor import run_over
+from curate.executor import Processes, run_over
 
 if __name__ == "__main__":
-    print([outcome.result for outcome in run_over(doing(interrupt_myself), [1], processes=1)])
+    print([outcome.result for outcome in run_over(doing(interrupt_myself), [1], Processes(1))])
 """)
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
@@ -179,7 +186,7 @@ def test_closing_the_iterator_stops_the_workers(tmp_path):
         raise KeyboardInterrupt
 
     with (
-        closing(run_over(doing(square), [1], processes=1, on_report=interrupt)) as outcomes,
+        closing(run_over(doing(square), [1], Processes(1), on_report=interrupt)) as outcomes,
         pytest.raises(KeyboardInterrupt),
     ):
         next(outcomes)
@@ -189,10 +196,10 @@ PARENT = """
 import sys
 from contextlib import closing
 from tests.curate.test_fetch_executor import doing, sleep_long
-from curate.executor import run_over
+from curate.executor import Processes, run_over
 
 if __name__ == "__main__":
-    with closing(run_over(doing(sleep_long), [sys.argv[1]] * 2, processes=2)) as outcomes:
+    with closing(run_over(doing(sleep_long), [sys.argv[1]] * 2, Processes(2))) as outcomes:
         list(outcomes)
 """
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from curate.fetch import hosts
-from curate.fetch.hosts import LEAST_SHARE, Hosts
+from curate.fetch.hosts import LEAST_SHARE, Hosts, Share
 from tests.webserver import WebServer, page
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -137,11 +137,28 @@ def test_turns_that_a_killed_worker_held_are_given_back(table, attach):
     assert ours.ask(HOST) > 0
     os.kill(process.pid, signal.SIGKILL)
     process.join(10)
+    end = time.monotonic() + 20
+    while ours.ask(HOST) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert [ours.ask(HOST) for _ in range(7)] == [0.0] * 7
     assert ours.ask(HOST) > 0
-    hosts.forget_worker(table, 1)
-    assert [ours.ask(HOST) for _ in range(8)] == [0.0] * 8
-    hosts.forget_worker(table, 1)
-    assert ours.ask(HOST) > 0  # only the dead one's were given back
+
+
+def test_turns_of_a_worker_that_lives_are_its_own_however_long_it_holds_them(attach, clock):
+    ours, other = attach(worker=0, per_host=1), attach(worker=1, per_host=1)
+    assert other.ask(HOST) == 0.0
+    for _ in range(5):
+        clock.now += 100
+        assert ours.ask(HOST) > 0
+    other.done(HOST)
+    assert ours.ask(HOST) == 0.0
+
+
+def test_a_worker_begins_without_the_turns_of_the_one_before_it(table, attach):
+    before = Hosts(table, 1, 1, 0)
+    assert before.ask(HOST) == 0.0
+    before.close()
+    assert attach(worker=1, per_host=1).ask(HOST) == 0.0
 
 
 def lock(table, locked):
@@ -246,6 +263,26 @@ def test_a_crawl_delay_spaces_the_starts_for_all_processes(attach, clock):
     assert turns.ask(HOST) == pytest.approx(5.0)
     assert turns.throttled() == [HOST]
     assert other.is_slowed(HOST)
+
+
+@pytest.mark.parametrize(("per_host", "machines"), [(8, 3), (8, 1), (3, 3), (7, 2)])
+def test_the_shares_of_all_machines_add_up_to_the_limit(tmp_path, clock, per_host, machines):
+    allowed, spacings = 0, []
+    for index in range(machines):
+        table = tmp_path / str(index) / "hosts"
+        hosts.create(table, 2)
+        share = Share(index, machines)
+        free, paced = Hosts(table, 0, per_host, 0, share), Hosts(table, 1, per_host, 10, share)
+        while not free.ask(HOST):
+            allowed += 1
+        paced.ask("paced.example")
+        spacings.append(paced.ask("paced.example"))
+        free.pause_between("slow.example", 5.0)
+        assert free.ask("slow.example") == pytest.approx(5.0 * machines)
+        free.close()
+        paced.close()
+    assert allowed == per_host
+    assert sum(1 / spacing for spacing in spacings) == pytest.approx(10)
 
 
 def test_a_turn_that_does_not_come_in_time_is_told(attach):

@@ -60,7 +60,7 @@ def test_scaling_down_at_any_ratio_equals_the_area_filter_on_all_pixels(kind, he
         ours = stored(content, resize.size, resize.mode).rgb
         pixels = np.asarray(Image.open(io.BytesIO(content)))
         theirs = cv2.resize(pixels, ours.shape[1::-1], interpolation=cv2.INTER_AREA)
-        assert cv2.PSNR(np.ascontiguousarray(ours), theirs) >= 38
+        assert cv2.PSNR(np.ascontiguousarray(ours), theirs) >= 35
 
 
 def test_nothing_is_scaled_up():

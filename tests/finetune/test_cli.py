@@ -92,21 +92,21 @@ def test_the_help_of_fit_explains_every_key(capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("model: {adpter: {kind: lora}}", "no key 'model.adpter'. Did you mean 'model.adapter'?"),
-        ("lr: 1e-4", "no key 'lr'. Did you mean 'model.optimizer.lr'?"),
+        ("model: {adpter: {kind: lora}}", "1: no key 'model.adpter'. Did you mean 'model.adapter'?"),
+        ("lr: 1e-4", "1: no key 'lr'. Did you mean 'model.optimizer.lr'?"),
         (
             "evaluate: {zero_shot: {a: {image: x}}}",
-            "no key 'evaluate.zero_shot.a.image'. Did you mean 'evaluate.zero_shot.a.images'?",
+            "1: no key 'evaluate.zero_shot.a.image'. Did you mean 'evaluate.zero_shot.a.images'?",
         ),
-        ("model: 3", "model: expected keys (clip, adapter, loss, optimizer), got 3"),
-        ("- a", "the file: expected keys (out, "),
-        ("a: [1", "line 1: not YAML ("),
+        ("model: 3", "1: model: expected keys (clip, adapter, loss, optimizer), got 3"),
+        ("- a", "1: the file: expected keys (out, "),
+        ("a: [1", "1: not YAML ("),
     ],
 )
 def test_a_wrong_yaml_file_is_one_line_with_the_nearest_key(content, message, tmp_path, capsys):
     path = tmp_path / "domain.yaml"
     path.write_text(content)
-    assert refused(capsys, "fit", "--config", path).startswith(f"{path}: {message}")
+    assert refused(capsys, "fit", "--config", path).startswith(f"{path}:{message}")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,11 @@ def test_a_wrong_yaml_file_is_one_line_with_the_nearest_key(content, message, tm
         ("fit --trainer.max_epochs x", "trainer.max_epochs: expected a whole number or null, got 'x'"),
         ("fit --model.adapter.kind lorra", "model.adapter.kind: expected one of full, lora, got 'lorra'"),
         ("fit --out", "--out: expected one argument"),
-        ("fit --config nowhere.yaml", "--config nowhere.yaml: cannot be read (No such file or directory)"),
+        (
+            "fit --config nowhere.yaml",
+            "--config nowhere.yaml: no such file, and no preset; presets: demo_pretrain, few, full, large, lit, lora, "
+            "medium, scratch.",
+        ),
         ("fitt", "no command 'fitt'. Did you mean 'fit'?"),
         ("", "a command is needed; see --help"),
         ("export --run runs/a", "--out is needed; see --help"),
@@ -218,7 +222,10 @@ def test_fit_prints_before_and_after_and_does_nothing_the_second_time(config, ca
 def test_validate_prints_the_figures_that_fit_found(config, capsys):
     assert main(["validate", "--run", str(config.out), "--json", "--device", "cpu"]) == 0
     figures = json.loads(capsys.readouterr().out)[str(config.out)]
-    assert figures == json.loads((config.out / "evaluation.json").read_text())["after"]
+    expected = json.loads((config.out / "evaluation.json").read_text())["after"]
+    assert figures.keys() == expected.keys()
+    for metric, figure in expected.items():
+        assert figures[metric] == pytest.approx(figure, abs=1e-5)  # merged weights round differently
 
 
 def test_test_needs_a_test_split(config, capsys):
@@ -290,4 +297,4 @@ def test_python_m_finetune_has_the_exit_status_of_the_error():
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr == "finetune: --config nowhere.yaml: cannot be read (No such file or directory)\n"
+    assert done.stderr.startswith("finetune: --config nowhere.yaml: no such file, and no preset; presets: ")

@@ -10,13 +10,15 @@ from typing import Any, get_type_hints
 import pytest
 import yaml
 
-from curate.options import read_config
+from curate.options import presets, read_config
+from finetune.cli import main
 from finetune.config import FitConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+SIZES = ("few", "medium", "large")
 RECIPES = [
     CONFIGS / "domain.yaml",
-    *(CONFIGS / "finetune" / f"{name}.yaml" for name in ("lora", "full", "lit", "scratch")),
+    *(CONFIGS / "finetune" / f"{name}.yaml" for name in ("lora", "full", "lit", "scratch", *SIZES)),
 ]
 SHIPPED = [CONFIGS / "domain.yaml", *sorted((CONFIGS / "finetune").glob("*.yaml"))]
 
@@ -63,3 +65,29 @@ def test_the_example_is_a_bf16_lora_of_openais_vit_b_32():
 def test_lit_locks_the_image_tower_and_scratch_starts_from_random_weights():
     assert read_config(CONFIGS / "finetune" / "lit.yaml", FitConfig).model.adapter.lock == ["image"]
     assert read_config(CONFIGS / "finetune" / "scratch.yaml", FitConfig).model.clip.pretrained is None
+
+
+def test_every_recipe_ships_under_its_name():
+    assert set(presets("finetune")) == {path.stem for path in (CONFIGS / "finetune").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", [*SIZES, "lora", "full", "lit", "scratch"])
+def test_a_recipe_runs(name, dataset, architectures, tmp_path, capsys):
+    """A step of it by its name, on a tiny CLIP and dataset: all that it says is taken as it is."""
+    clip = f"--model.clip.name {architectures['tiny-vit']} --model.clip.pretrained null"
+    data = f"--data.dataset {dataset} --data.batch_size 8 --data.num_workers 0"
+    words = (
+        f"fit --config {name} {clip} {data} --out {tmp_path / 'run'} --trainer.accelerator cpu --trainer.max_steps 1"
+    )
+    assert main(words.split()) == 0
+    given = read_config(CONFIGS / "finetune" / f"{name}.yaml", FitConfig)
+    made = read_config(tmp_path / "run" / "config.yaml", FitConfig)
+    assert (made.model.adapter, made.model.optimizer) == (given.model.adapter, given.model.optimizer)
+    assert "plan: steps   1 " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_recipe_by_size_names_its_sources(name):
+    head = (CONFIGS / "finetune" / f"{name}.yaml").read_text(encoding="utf-8").partition("\nout:")[0]
+    assert re.search(r"CLIP-LoRA|FLYP|Radford", head)
+    assert f"--config {name} " in head

@@ -25,6 +25,7 @@ from finetune.evaluate import Evaluation, Ranking, compare, evaluate_clip, metri
 from finetune.examples import examples
 from finetune.fit import fit
 from finetune.module import CLIPModule
+from finetune.predict import find_images, predict
 from finetune.runs import checkpoint_of, load_module
 from finetune.sets import dataset_sets, evaluation_sets, zero_shot_set
 from tests.finetune import tiny
@@ -164,11 +165,25 @@ def test_metrics_are_named_in_one_order_of_words_and_trivial_ones_left_out(clip,
     names = list(run(clip, sets).values())
     assert names == metric_names(sets)
     assert names[:3] == [f"val/image_to_text/{m}" for m in ("recall@1", "recall@5", "median_rank")]  # of 8: no @10
-    assert names[-3:] == [f"zero_shot/colours/{m}" for m in ("top1", "top5", "per_class_mean")]
+    zero_shot = ("top1", "top5", "per_class_mean", "ece", "ece_fitted")
+    assert names[-5:] == [f"zero_shot/colours/{m}" for m in zero_shot]
+
+
+def test_calibration_is_that_of_the_probabilities_a_user_sees(clip, folder):
+    clip.model.logit_scale.data.fill_(math.log(30))
+    sets = evaluation_sets(EvaluateConfig(zero_shot={"colours": ZeroShotConfig(images=folder)}))
+    ranking = run(clip, sets).rankings["zero_shot/colours"]
+    images, names = find_images([folder])
+    queries = [f"a photo of a {name}." for name in sets.zero_shot[0].classes]
+    seen = predict(clip, images, names, queries, batch_size=3).probabilities
+    assert ranking.confidence == pytest.approx(seen.max(1).values.tolist(), abs=1e-5)
+    assert ranking.predicted == seen.argmax(1).tolist()
 
 
 def test_a_summary_has_value_interval_and_number_of_samples():
-    figure = Evaluation("x", {"val/image_to_text": Ranking([1, 2, 1, 9], 20)}).summary()["val/image_to_text/recall@1"]
+    figure = Evaluation("x", {"val/image_to_text": Ranking([1, 2, 1, 9], 20, [1.0, 0.5, 1.0, 0.1])}).summary()[
+        "val/image_to_text/recall@1"
+    ]
     assert (figure["value"], figure["n"]) == (0.5, 4)
     assert 0 <= figure["low"] < 0.5 < figure["high"] <= 1
 
@@ -220,8 +235,8 @@ def test_an_evaluation_read_back_from_json_is_the_same(clip, dataset):
 
 
 def test_compare_gives_after_minus_before_with_a_paired_interval():
-    before = Evaluation("x", {"val/image_to_text": Ranking([1, 2, 3, 4] * 10, 20)})
-    after = Evaluation("x", {"val/image_to_text": Ranking([1, 1, 3, 4] * 10, 20)})
+    before = Evaluation("x", {"val/image_to_text": Ranking([1, 2, 3, 4] * 10, 20, [0.5] * 40)})
+    after = Evaluation("x", {"val/image_to_text": Ranking([1, 1, 3, 4] * 10, 20, [0.5] * 40)})
     compared = compare(before, after, {"steps": 3})
     delta = compared["delta"]["val/image_to_text/recall@1"]
     assert delta["value"] == pytest.approx(0.25)

@@ -22,9 +22,10 @@ from transformers import PreTrainedTokenizerFast
 from curate.clip import Clip, load_clip
 from curate.errors import InputError, ModelError
 from finetune.config import AdapterConfig
-from finetune.export import check_export, export, write_open_clip
+from finetune.export import check_export, export, write_open_clip, write_transformers
 from finetune.runs import checkpoint_of, load_module, load_trained_clip
 from tests.finetune.fitted import fit_tiny
+from tests.finetune.tiny import TEXT
 
 CAPTIONS = ["a red circle", "ein Größentest: 12 × 3", "a very " + "long " * 30 + "caption"]
 ALONE = """
@@ -93,6 +94,23 @@ def test_our_own_loader_reads_it_with_tokenizer_and_preprocessing(run, tmp_path)
     assert torch.allclose(clip.embed_captions(CAPTIONS), text, atol=1e-5)
 
 
+def test_transformers_loads_the_run_with_the_embeddings_of_training(run, tmp_path):
+    from transformers import CLIPModel
+
+    if "resnet" in str(load_module(checkpoint_of(run)).clip_config.name):
+        with pytest.raises(ModelError, match="its CLIPModel has a ViT"):
+            export(run, tmp_path / "exported", "transformers")
+        return
+    image, text, picture = embeddings_in_training(run)
+    export(run, tmp_path / "exported", "transformers")
+    clip = load_clip(str(tmp_path / "exported"), device="cpu")
+    model = CLIPModel.from_pretrained(tmp_path / "exported").eval()
+    with torch.no_grad():
+        got = model(input_ids=clip.tokenizer(CAPTIONS), pixel_values=clip.preprocess(picture)[None])
+    assert torch.allclose(got.image_embeds, image, atol=1e-5)
+    assert torch.allclose(got.text_embeds, text, atol=1e-5)
+
+
 def test_exporting_twice_gives_the_same_bytes(run, tmp_path):
     export(run, tmp_path / "a")
     export(run, tmp_path / "b")
@@ -114,6 +132,32 @@ def test_a_run_trained_in_full_has_no_adapter_but_exports(tmp_path, dataset, arc
     with pytest.raises(ModelError, match="no adapter"):
         export(run, tmp_path / "adapter", "adapter")
     assert export(run, tmp_path / "exported") == run / "checkpoints" / "best.ckpt"  # even one step is validated
+
+
+def test_a_timm_tower_comes_back_from_its_export(tmp_path):
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "avg", "image_size": 224},
+        "text_cfg": TEXT,
+    }
+    (tmp_path / "tiny-timm.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    clip = load_clip(str(tmp_path / "tiny-timm.json"), device="cpu")
+    write_open_clip(clip, tmp_path / "out")
+    check_export(clip, tmp_path / "out")
+    assert load_clip(str(tmp_path / "out"), device="cpu").architecture == clip.architecture
+    with pytest.raises(ModelError, match="cannot express timm_model_name"):
+        write_transformers(clip, tmp_path / "transformers")
+
+
+def test_a_run_may_start_from_a_folder_of_transformers(tmp_path, dataset, architectures):
+    clip = load_clip(architectures["tiny-vit"], device="cpu")
+    write_transformers(clip, tmp_path / "start")
+    run = fit_tiny(tmp_path / "run", dataset, str(tmp_path / "start"), AdapterConfig(kind="lora", rank=2), steps=1).out
+    module = load_module(checkpoint_of(run))
+    assert not module.from_scratch
+    assert export(run, tmp_path / "again", "transformers")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == "clip"
 
 
 def test_quickgelu_and_preprocessing_are_written_back(tmp_path, architectures):

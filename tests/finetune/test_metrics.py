@@ -5,18 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+from sklearn.metrics import average_precision_score, balanced_accuracy_score, top_k_accuracy_score
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from finetune import metrics
 from finetune.metrics import (
     Outcomes,
     bootstrap_interval,
+    calibration_error,
     class_ranks,
+    mean_average_precision,
     median_rank,
     paired_bootstrap,
     per_class_mean,
     recall_at,
-    retrieval_ranks,
+    retrieve,
 )
 
 
@@ -28,6 +31,10 @@ def brute_force_ranks(query: np.ndarray, candidate: np.ndarray, match: np.ndarra
         best = row[true].max()
         ranks.append(1 + sum(1 for value, is_true in zip(row, true, strict=True) if value >= best and not is_true))
     return ranks
+
+
+def retrieval_ranks(*arguments: torch.Tensor) -> torch.Tensor:
+    return retrieve(*arguments)[0]
 
 
 def random_task(seed: int, queries: int, candidates: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
@@ -87,6 +94,41 @@ def test_chunks_give_the_ranks_of_the_whole(monkeypatch: pytest.MonkeyPatch):
     whole = retrieval_ranks(query, candidate, pairs)
     monkeypatch.setattr(metrics, "SCORES_AT_ONCE", 120)  # three queries at a time, the last two alone
     assert torch.equal(retrieval_ranks(query, candidate, pairs), whole)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_average_precision_equals_scikit_learns(seed: int):
+    query, candidate, match = random_task(seed, 60, 45)
+    precision = retrieve(query, candidate, torch.from_numpy(np.argwhere(match)))[1]
+    score = (query @ candidate.T).numpy()
+    expected = [average_precision_score(true, row) for true, row in zip(match, score, strict=True)]
+    assert precision.tolist() == pytest.approx(expected, abs=1e-12)
+    assert mean_average_precision(precision.tolist()).value == pytest.approx(np.mean(expected))
+
+
+def test_average_precision_counts_ties_pessimistically():
+    score = torch.tensor([[0.5, 0.5, 0.5, 0.1]])
+    # The two true ones are at 2 and 3, behind the wrong one that ties with them.
+    precision = retrieve(score, torch.eye(4), torch.tensor([[0, 0], [0, 1]]))[1]
+    assert precision.tolist() == pytest.approx([(1 / 2 + 2 / 3) / 2])
+
+
+def test_calibration_error_equals_its_definition_and_torchmetrics():
+    rng = np.random.default_rng(2)
+    probability = torch.from_numpy(rng.normal(size=(500, 6)) * 2).softmax(1)
+    label = torch.from_numpy(rng.integers(0, 6, 500))
+    confidence, predicted = probability.max(1)
+    found = calibration_error(confidence.tolist(), (predicted == label).tolist()).value
+    expected = 0.0
+    for low in np.arange(15) / 15:
+        inside = ((confidence > low) & (confidence <= low + 1 / 15)).numpy()
+        if inside.any():
+            right = (predicted == label).numpy()[inside].mean()
+            expected += inside.mean() * abs(right - confidence.numpy()[inside].mean())
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert found == pytest.approx(
+        float(multiclass_calibration_error(probability, label, num_classes=6, n_bins=15)), abs=1e-6
+    )
 
 
 def test_a_query_without_a_true_match_is_an_error():

@@ -1,0 +1,289 @@
+"""Mistakes in a configuration that need no model to be found.
+
+Values out of bounds, missing files, keys that exclude each other; nothing heavy is imported, so they are told at once.
+
+What only the device, the weights or the images can tell comes later, from whoever meets it first.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from functools import reduce
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from curate.errors import ConfigError, did_you_mean
+from curate.keys import shown
+from curate.shards import SPLITS, shard_folder, shards_of
+from finetune.config import WEIGHTS, ClipConfig, EvaluateConfig, FitConfig, TrainerConfig
+
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+RETRIEVAL_METRICS = ("recall@1", "recall@5", "recall@10", "median_rank")
+ZERO_SHOT_METRICS = ("top1", "top5", "per_class_mean")
+
+
+def check(config: FitConfig) -> None:
+    """Check all that can be checked without the CLIP.
+
+    Raises:
+        ConfigError: one line, beginning with the key.
+    """
+    _check_bounds(config)
+    _check_trainer(config.trainer)
+    _check_clip(config.model.clip)
+    _check_data(config)
+    _check_evaluation(config.evaluate)
+    _check_monitor(config)
+    if config.out.exists() and not config.out.is_dir():
+        raise ConfigError(f"out: {config.out} is a file; expected a folder for the run")
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+def _at_least(least: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value >= least, f"at least {least}"
+
+
+def _share(*, zero: bool = True, one: bool = True) -> tuple[Callable[[Any], bool], str]:
+    words = f"{'0' if zero else 'above 0'} to {'1' if one else 'below 1'}"
+    return lambda value: (value >= 0 if zero else value > 0) and (value <= 1 if one else value < 1), words
+
+
+ABOVE_0: tuple[Callable[[Any], bool], str] = (lambda value: 0 < value < math.inf, "above 0")
+# What each value (of a list: each of its items) must be; null is left to its type.
+BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seed_everything": (lambda value: 0 <= value < 2**32, "0 to 4294967295"),
+    "checkpoint_every_n_steps": _at_least(1),
+    "trainer.num_nodes": _at_least(1),
+    "trainer.max_epochs": _at_least(-1),
+    "trainer.max_steps": _at_least(-1),
+    "trainer.check_val_every_n_epoch": _at_least(1),
+    "trainer.gradient_clip_val": (lambda value: 0 <= value < math.inf, "0 (none) or more"),
+    "trainer.accumulate_grad_batches": _at_least(1),
+    "trainer.log_every_n_steps": _at_least(1),
+    "model.adapter.last_blocks": _at_least(1),
+    "model.adapter.dropout": _share(one=False),
+    "model.loss.label_smoothing": _share(one=False),
+    "model.optimizer.lr": ABOVE_0,
+    "model.optimizer.image_lr": ABOVE_0,
+    "model.optimizer.text_lr": ABOVE_0,
+    "model.optimizer.layer_decay": _share(zero=False),
+    "model.optimizer.min_lr": (lambda value: 0 <= value < math.inf, "0 or more"),
+    "model.optimizer.warmup": _share(one=False),
+    "model.optimizer.weight_decay": (lambda value: 0 <= value < math.inf, "0 or more"),
+    "model.optimizer.betas": _share(one=False),
+    "model.optimizer.eps": ABOVE_0,
+    "data.batch_size": _at_least(2),
+    "data.eval_batch_size": _at_least(1),
+    "data.num_workers": _at_least(0),
+    "data.replay": _share(one=False),
+    "data.crop_scale": _share(zero=False),
+    "evaluate.max_retrieval": _at_least(2),
+}
+
+
+def _value(config: FitConfig, key: str) -> Any:
+    return reduce(getattr, key.split("."), config)
+
+
+def _check_bounds(config: FitConfig) -> None:
+    for key, (holds, words) in BOUNDS.items():
+        value = _value(config, key)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if wrong := [each for each in values if isinstance(each, (int, float)) and not holds(each)]:
+            raise ConfigError(f"{key}: expected {words}, got {wrong[0]}")
+    if config.model.optimizer.min_lr > config.model.optimizer.lr:
+        raise ConfigError(
+            f"model.optimizer.min_lr: expected at most the lr of {config.model.optimizer.lr}, "
+            f"got {config.model.optimizer.min_lr}"
+        )
+    low, high = config.data.crop_scale
+    if low > high:
+        raise ConfigError(f"data.crop_scale: expected [smallest, largest], got [{low}, {high}]")
+    for key in ("model.adapter.targets", "model.adapter.lock"):
+        items = _value(config, key)
+        if twice := [item for item in items if items.count(item) > 1]:
+            raise ConfigError(f"{key}: '{twice[0]}' is there twice")
+    if not config.model.adapter.targets:
+        raise ConfigError("model.adapter.targets: empty; expected at least one, such as q, k, v, out, fc, proj")
+
+
+# --- trainer ---------------------------------------------------------------------------------------------------------
+
+
+def _check_trainer(config: TrainerConfig) -> None:
+    if config.accelerator not in ACCELERATORS:
+        raise ConfigError(
+            f"trainer.accelerator: expected one of {', '.join(ACCELERATORS)}, got '{config.accelerator}'."
+            + did_you_mean(config.accelerator, ACCELERATORS)
+        )
+    if config.accelerator == "cpu" and config.precision.startswith("16"):
+        raise ConfigError(
+            f"trainer.precision: {config.precision} needs a GPU, and trainer.accelerator is cpu; "
+            "bf16-mixed or 32-true runs there"
+        )
+    _check_devices(config)
+    interval = config.val_check_interval
+    if interval is not None and not (interval >= 1 if isinstance(interval, int) else 0 < interval <= 1):
+        raise ConfigError(
+            "trainer.val_check_interval: expected steps (1 or more) or a share of an epoch (0.0 to 1.0), "
+            f"got {interval}"
+        )
+    if config.check_val_every_n_epoch is None and not isinstance(interval, int):
+        raise ConfigError("trainer.check_val_every_n_epoch: null needs a val_check_interval that counts steps")
+    if isinstance(config.limit_val_batches, float) and not 0 <= config.limit_val_batches <= 1:
+        raise ConfigError(
+            f"trainer.limit_val_batches: expected batches (a whole number) or a share (0.0 to 1.0), "
+            f"got {config.limit_val_batches}"
+        )
+    if config.max_time is not None and not re.fullmatch(r"\d+:\d{2}:\d{2}:\d{2}", config.max_time):
+        raise ConfigError(f"trainer.max_time: expected DAYS:HH:MM:SS, such as 00:11:30:00, got '{config.max_time}'")
+
+
+def _check_devices(config: TrainerConfig) -> None:
+    devices = config.devices
+    expected = "trainer.devices: expected auto, -1 (all), a number of devices, or a list of theirs"
+    if isinstance(devices, str) and not re.fullmatch(r"auto|-1|\d+(,\d+)*", devices):
+        raise ConfigError(f"{expected}; got '{devices}'")
+    if devices == 0 or (isinstance(devices, int) and devices < -1) or devices in ("0", []):
+        raise ConfigError(f"{expected}; got {devices!r}")
+    if isinstance(devices, list) and len(set(devices)) < len(devices):
+        raise ConfigError(f"trainer.devices: one is listed twice: {devices}")
+    if config.accelerator == "cpu" and (isinstance(devices, list) or devices in (-1, "-1")):
+        raise ConfigError(f"trainer.devices: on a cpu it is the number of processes; got {devices}")
+
+
+# --- model -----------------------------------------------------------------------------------------------------------
+
+
+def _check_clip(clip: ClipConfig) -> None:
+    """What cannot be a CLIP. Tags of known architectures and ids on the hub are left to the loader."""
+    from curate.clip import OPENAI_NAMES
+
+    name = clip.name
+    folder = Path(name.removeprefix("local-dir:"))
+    if name.startswith("local-dir:") and not folder.is_dir():
+        raise ConfigError(f"model.clip.name: {folder}: no such folder; expected one that `finetune export` wrote")
+    if name.endswith((".json", *WEIGHTS)) and not Path(name).is_file():
+        what = "an open_clip model configuration" if name.endswith(".json") else "a file of weights"
+        raise ConfigError(f"model.clip.name: {name}: no such file; expected {what}")
+    if re.fullmatch(r"[\w@.-]+", name) and not Path(name).exists():
+        known = [*OPENAI_NAMES, *_architectures()]
+        if name not in known:
+            raise ConfigError(f"model.clip.name: '{name}' is no architecture of open_clip.{did_you_mean(name, known)}")
+    weights = clip.weights or ""
+    if ("/" in weights or weights.endswith(WEIGHTS)) and not Path(weights).exists():
+        raise ConfigError(f"model.clip.pretrained: {weights}: no such file; expected weights, or the name of a tag")
+    if weights and Path(weights).is_dir():
+        raise ConfigError(f"model.clip.pretrained: {weights} is a folder; as model.clip.name it is local-dir:{weights}")
+
+
+def _architectures() -> list[str]:
+    """open_clip's architectures, from the names of its files: importing it takes seconds."""
+    spec = find_spec("open_clip")
+    folders = spec.submodule_search_locations if spec else None
+    return sorted(path.stem for folder in folders or [] for path in (Path(folder) / "model_configs").glob("*.json"))
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def _check_data(config: FitConfig) -> None:
+    data = config.data
+    _there("data.dataset", data.dataset, "a dataset that curate build or img2dataset made")
+    if data.replay_dataset is not None:
+        _there("data.replay_dataset", data.replay_dataset, "a dataset whose train split is replayed")
+        if not data.replay:
+            raise ConfigError("data.replay_dataset: nothing of it is replayed while data.replay is 0")
+    if data.replay and data.replay_dataset is None and not _has_split(data.dataset, "retain"):
+        raise ConfigError(
+            f"data.replay: {data.replay} of each batch, but {data.dataset} has no retain split to replay; "
+            "set it to 0, or name a data.replay_dataset"
+        )
+    if config.out.resolve() == data.dataset.resolve():
+        raise ConfigError(f"out: {config.out} is the dataset itself; give the run a folder of its own")
+    pairs, fresh = count_pairs(data.dataset, "train"), data.batch_size - round(data.batch_size * data.replay)
+    if pairs is not None and pairs < fresh:
+        raise ConfigError(
+            f"data.batch_size: {data.batch_size} pairs a step, but {data.dataset} has {pairs:,} to train on; "
+            f"an eighth of them at most is a good batch: {max(2, pairs // 8)}"
+        )
+
+
+def _there(key: str, path: Path, expected: str) -> None:
+    if not path.exists():
+        raise ConfigError(f"{key}: {path}: no such folder; expected {expected}")
+    if path.is_dir() and not any(path.iterdir()):
+        raise ConfigError(f"{key}: {path}: an empty folder; expected {expected}")
+
+
+def _has_split(dataset: Path, split: str) -> bool:
+    return bool(shards_of(shard_folder(dataset), split))
+
+
+def count_pairs(dataset: Path, split: str) -> int | None:
+    """Pairs in a split, at most: what the footers of its shards say; None where there are none."""
+    folder = shard_folder(dataset)
+    stems = shards_of(folder, split)
+    if not stems and split == "train" and not any(shards_of(folder, name) for name in SPLITS):
+        stems = shards_of(folder)
+    if not stems:
+        return None
+    import pyarrow.parquet as pq
+
+    return sum(int(pq.read_metadata(stem.with_suffix(".parquet")).num_rows) for stem in stems)
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def _check_evaluation(config: EvaluateConfig) -> None:
+    for name, path in config.retrieval.items():
+        key = f"evaluate.retrieval.{name}"
+        _check_name(key, name)
+        if name in SPLITS:
+            raise ConfigError(f"{key}: this name is the dataset's own split's; choose another")
+        _there(key, path, "a dataset that curate build or img2dataset made")
+    for name, zero_shot in config.zero_shot.items():
+        key = f"evaluate.zero_shot.{name}"
+        _check_name(key, name)
+        if not zero_shot.images.is_dir():
+            raise ConfigError(
+                f"{key}.images: {zero_shot.images}: no such folder; expected one with a sub-folder a class"
+            )
+        if not zero_shot.templates:
+            raise ConfigError(f"{key}.templates: needs at least one, such as 'a photo of a {{}}.'")
+        if wrong := [text for text in zero_shot.templates if text.count("{}") != 1]:
+            raise ConfigError(f"{key}.templates: {shown(wrong[0])} needs exactly one {{}}, where the class's name goes")
+
+
+def _check_name(key: str, name: str) -> None:
+    if not name or "/" in name:
+        raise ConfigError(f"{key}: the name '{name}' has a slash, which separates the parts of a metric's name")
+
+
+def _check_monitor(config: FitConfig) -> None:
+    asked = config.evaluate.monitor
+    if asked is None or not shards_of(shard_folder(config.data.dataset)):
+        return
+    if not _has_split(config.data.dataset, "val"):
+        raise ConfigError(
+            f"evaluate.monitor: {config.data.dataset} has no val split, so nothing is measured in training"
+        )
+    known = [*_metrics(config), "val/loss"]
+    if asked not in known:
+        raise ConfigError(f"evaluate.monitor: nothing measures '{asked}'.{did_you_mean(asked, known)}")
+
+
+def _metrics(config: FitConfig) -> Iterator[str]:
+    """Every metric that these sets can give; small ones give fewer (finetune/evaluate.py)."""
+    splits = [split for split in ("val", "retain") if _has_split(config.data.dataset, split)]
+    for name in [*splits, *config.evaluate.retrieval]:
+        for way in ("image_to_text", "text_to_image"):
+            yield from (f"{name}/{way}/{metric}" for metric in RETRIEVAL_METRICS)
+    for name in config.evaluate.zero_shot:
+        yield from (f"zero_shot/{name}/{metric}" for metric in ZERO_SHOT_METRICS)

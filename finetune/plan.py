@@ -1,0 +1,277 @@
+"""What a run is about to do, before step 0: data, steps, what is trained and how fast, memory, device, place.
+
+The memory is an estimate of a device's peak in training, the sum of
+
+    weights       of the model, in the width of `precision`
+    gradients     of what is trained
+    AdamW         two moments of what is trained
+    activations   what autograd keeps for the backward pass, times the pairs of a batch. Measured, not calculated: the
+                  towers see two pairs and then three, as fake tensors, which have shapes but no numbers; the difference
+                  of what is saved is the cost of a pair, and the weights among it cancel out
+    logits        four matrices of float32 (both directions and their softmax), pairs here × pairs on all devices
+
+Fragments, the allocator's cache and the libraries' own workspace come on top (on a GPU some hundred MB to 2 GB).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from finetune.checks import count_pairs
+from finetune.config import FitConfig
+from finetune.optim import Group, groups, total_steps
+
+MOST_GROUPS = 12  # shown of the optimiser's
+FEW, MEDIUM = 2_000, 200_000  # pairs, up to which the recipe of that name is meant
+BYTES = {"64": 8, "32": 4, "bf16": 2, "16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device at the peak of a training step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations_a_pair: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will happen, in numbers.
+
+    Attributes:
+        pairs: number of training pairs, and `replayed` and `val` where there are such.
+        batch: pairs a batch and device, replayed ones included.
+        devices: over which a batch's contrast goes.
+        batches: a device sees in an epoch.
+        steps: of the optimiser, in the whole run.
+        warmup: of them, with rising learning rate.
+        trainable: parameters that are trained.
+        total: parameters of the CLIP.
+        groups: of the trainable parameters.
+    """
+
+    config: FitConfig
+    pairs: dict[str, int]
+    batch: int
+    devices: int
+    batches: int
+    steps: int
+    warmup: int
+    trainable: int
+    total: int
+    groups: list[Group]
+    memory: Memory
+    device: str
+    precision: str
+
+
+def make_plan(config: FitConfig, module: Any, data: Any, trainer: Any) -> Plan:
+    """Plan a run.
+
+    Args:
+        config: everything.
+        module: CLIPModule.
+        data: CLIPDataModule, set up.
+        trainer: lightning.Trainer that will run them.
+    """
+    devices = trainer.num_devices * trainer.num_nodes
+    schedule = replace(data.schedule, world_size=devices, rank=0)
+    steps_per_epoch = -(-len(schedule) // trainer.accumulate_grad_batches)
+    steps = total_steps(trainer.max_steps, trainer.max_epochs, steps_per_epoch)
+    parameters = list(module.parameters())
+    return Plan(
+        config=config,
+        pairs=_pairs(data),
+        batch=min(config.data.batch_size, len(data.train_index) + len(data.replay_index or ())),
+        devices=devices,
+        batches=len(schedule),
+        steps=steps,
+        warmup=round(config.model.optimizer.warmup * steps),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        total=sum(p.numel() for p in parameters),
+        groups=groups(module.model, module.optimizer),
+        memory=estimate_memory(module, config.data.batch_size, devices, trainer.precision),
+        device=_device(trainer),
+        precision=trainer.precision,
+    )
+
+
+def _pairs(data: Any) -> dict[str, int]:
+    counts = {
+        "train": len(data.train_index),
+        "to replay": len(data.replay_index or ()),
+        "val": count_pairs(data.config.dataset, "val") or 0,
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def _device(trainer: Any) -> str:
+    device = trainer.strategy.root_device
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device.type)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def estimate_memory(module: Any, batch: int, devices: int, precision: str) -> Memory:
+    """Estimate the peak on one device; how: see the head of this file.
+
+    Args:
+        module: CLIPModule, on any device.
+        batch: pairs on this device that are in one backward pass.
+        devices: over which the contrast goes.
+        precision: as Lightning names it.
+    """
+    width = 4 if precision.endswith("mixed") else BYTES[precision.partition("-")[0]]
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    kept = sum(t.numel() for t in [*module.parameters(), *module.buffers()])
+    pair = activation_bytes(module, precision)
+    return Memory(
+        weights=width * kept,
+        gradients=width * trained,
+        optimizer=2 * width * trained,
+        activations_a_pair=pair,
+        activations=pair * batch,
+        logits=4 * 4 * batch * batch * devices,
+    )
+
+
+def activation_bytes(module: Any, precision: str = "32-true") -> int:
+    """Bytes that autograd keeps for the backward pass of one pair."""
+    mixed = precision.endswith("mixed")
+    # Of one pair alone there are no statistics for a BatchNorm.
+    two, three = (_saved_bytes(module, size, mixed=mixed) for size in (2, 3))
+    return (three - two) if mixed else (three - two) * BYTES[precision.partition("-")[0]] // 4
+
+
+def _saved_bytes(module: Any, size: int, *, mixed: bool) -> int:
+    """Bytes of all storages that autograd keeps of `size` pairs."""
+    saved: dict[int, torch.Tensor] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor  # kept, so that no storage's number is given out again
+        return tensor
+
+    length = module.clip.tokenizer([""]).shape[-1]
+    counters = [(buffer, buffer.clone()) for buffer in module.buffers()]  # of BatchNorm, which counts batches
+    cast: AbstractContextManager[Any] = torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext()
+    with (
+        torch.random.fork_rng(devices=[]),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        cast,
+    ):
+        module(torch.zeros(size, 3, *_image_size(module)), torch.zeros(size, length, dtype=torch.int64))
+    for buffer, before in counters:
+        buffer.copy_(before)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def _image_size(module: Any) -> tuple[int, int]:
+    size = module.clip.preprocess_cfg["size"]
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+# --- in words --------------------------------------------------------------------------------------------------------
+
+
+def rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    """(label, text) of each line of the plan."""
+    config, memory = plan.config, plan.memory
+    counts = [f"{count:,} {'pairs' if name == 'train' else name}" for name, count in plan.pairs.items()]
+    yield "data", f"{config.data.dataset}: " + ", ".join(counts) + f" · recipe for this size: {recipe(plan)}"
+    yield "batch", _batch(plan)
+    yield "steps", _steps(plan)
+    share = f"{plan.trainable / plan.total:.2%}" if plan.trainable < plan.total else "all"
+    yield "trained", f"{plan.trainable:,} of {plan.total:,} parameters ({share}): {config.model.adapter.kind}"
+    for group in _few(plan.groups):
+        yield (
+            "lr",
+            (f"{group.lr:.3g}, weight decay {group.weight_decay:g}: {group.name}, {group.parameters:,} parameters"),
+        )
+    parts = [("weights", memory.weights), ("gradients", memory.gradients), ("AdamW", memory.optimizer)]
+    parts += [(f"activations ({size(memory.activations_a_pair)} a pair)", memory.activations)]
+    parts += [("logits", memory.logits)]
+    listed = ", ".join(f"{name} {size(count)}" for name, count in parts)
+    yield "memory", f"about {size(memory.total)} a device: {listed}"
+    yield "device", f"{plan.device}, {plan.precision}"
+    yield "writes", str(config.out)
+
+
+def _batch(plan: Plan) -> str:
+    text = f"{plan.batch:,} pairs"
+    if replay := plan.config.data.replay:
+        text += f", {replay:.0%} of them replayed"
+    if plan.devices > 1:
+        text += f", on each of {plan.devices} devices; contrast over {plan.batch * plan.devices:,}"
+    accumulated = plan.config.trainer.accumulate_grad_batches
+    return text + (f"; {accumulated} batches a step" if accumulated > 1 else "")
+
+
+def _steps(plan: Plan) -> str:
+    epochs = plan.steps / max(1, -(-plan.batches // plan.config.trainer.accumulate_grad_batches))
+    return f"{plan.steps:,} ({epochs:.4g} epochs of {plan.batches:,} batches), the first {plan.warmup:,} warm-up"
+
+
+def recipe(plan: Plan) -> str:
+    """The recipe that ships for so many pairs: few, medium or large."""
+    pairs = plan.pairs.get("train", 0)
+    return "few" if pairs < FEW else "medium" if pairs < MEDIUM else "large"
+
+
+def _few(every: list[Group]) -> Iterator[Group]:
+    """The groups; of very many (one a layer) the first and the last, and all between as one."""
+    if len(every) <= MOST_GROUPS:
+        yield from every
+        return
+    half = MOST_GROUPS // 2
+    between = every[half:-half]
+    yield from every[:half]
+    yield Group(
+        name=f"… {len(between)} groups up to",
+        tensors=sum(group.tensors for group in between),
+        parameters=sum(group.parameters for group in between),
+        lr=between[-1].lr,
+        weight_decay=between[-1].weight_decay,
+    )
+    yield from every[-half:]
+
+
+def size(count: float) -> str:
+    """`607 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def tell(plan: Plan, file: TextIO | None = None) -> None:
+    """Show the plan: a table on a terminal, lines where it is none."""
+    file = file or sys.stderr
+    if file.isatty():
+        table = Table(title="plan", title_justify="left", show_header=False)
+        for label, text in rows(plan):
+            table.add_row(label, text)
+        Console(file=file).print(table)
+    else:
+        file.writelines(f"plan: {label:8}{text}\n" for label, text in rows(plan))
