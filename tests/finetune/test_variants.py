@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from curate.errors import ModelError
 from finetune.adapters import adapt, merge, open_projections, save_adapter
 from finetune.attention import split_attention
 from finetune.config import AdapterConfig
@@ -27,6 +29,8 @@ CASES = [
     ("tiny-vit", "pissa"),
 ]
 OPENED = {"visual.proj.linear": "visual.proj", "text_projection.linear": "text_projection"}
+# Where the bare projection is a layer already: its opened name, and its own.
+RENAMED = {"text.text_projection.linear": "text.text_projection"}
 
 
 def adapted(name: str, variant: str, *, moved: bool = True) -> nn.Module:
@@ -67,7 +71,7 @@ def by_hand(model: nn.Module, variant: str) -> tuple[dict[str, Tensor], dict[str
         if layer in OPENED:
             weights[OPENED[layer]] = weight.T
         else:
-            weights[f"{layer}.weight"] = weight
+            weights[f"{RENAMED.get(layer, layer)}.weight"] = weight
     return weights, leaves
 
 
@@ -76,15 +80,18 @@ def embed_by_hand(name: str, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor
     plain = build(name, torch.float32).double()
     split_attention(plain)
 
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.clip = plain
+    return functional_call(Both(plain, embed), {f"clip.{key}": weight for key, weight in weights.items()}, ())
 
-        def forward(self) -> tuple[Tensor, Tensor]:
-            return embed(self.clip)
 
-    return functional_call(Both(), {f"clip.{key}": weight for key, weight in weights.items()}, ())
+class Both(nn.Module):
+    """Both towers in one forward pass, as `functional_call` wants it."""
+
+    def __init__(self, clip: nn.Module, both: Callable[[nn.Module], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.clip, self.both = clip, both
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.both(self.clip)
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
@@ -155,3 +162,84 @@ def test_merging_takes_every_adapter_and_projection_away(name):
     model = adapted(name, "lora")
     merge(model)
     assert set(model.state_dict()) == set(build(name).state_dict())
+
+
+def siglip() -> nn.Module:
+    """A CLIP as SigLIP's are built: a timm trunk (q, k and v in one layer), no causal mask, a biased projection."""
+    from open_clip import CustomTextCLIP
+
+    torch.manual_seed(0)
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "avg", "timm_proj": "linear", "image_size": 224}
+    text = {"context_length": 16, "vocab_size": 1000, "width": 32, "heads": 2, "layers": 1}
+    text |= {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
+    model = CustomTextCLIP(embed_dim=24, vision_cfg=vision, text_cfg=text, init_logit_bias=-10).double().eval()
+    model.visual.trunk.blocks = model.visual.trunk.blocks[:2]  # two of twelve are enough
+    return model
+
+
+def see_and_read(model: nn.Module) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(1)
+    pixels = torch.randn(2, 3, 224, 224, generator=random, dtype=torch.float64)
+    return model.encode_image(pixels), model.encode_text(torch.randint(1, 1000, (2, 16), generator=random))
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "rslora"])
+def test_a_timm_trunk_and_a_projection_with_a_bias_follow_the_formula_too(variant):
+    plain, model = siglip(), siglip()
+    split_attention(plain)
+    targets = TARGETS["tiny-vit"]
+    adapt(model, AdapterConfig(rank=RANK, alpha=ALPHA, targets=targets, variant=variant))
+    for x, y in zip(see_and_read(model), see_and_read(plain), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
+    random = torch.Generator().manual_seed(5)
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key or "lora_magnitude" in key:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=random, dtype=parameter.dtype)
+    layers = layers_of(model)
+    assert {"visual.trunk.blocks.1.attn.qkv", "visual.head.proj", "text.text_projection.linear"} <= set(layers)
+    assert len(layers) == 2 * 4 + 6 + 2
+    weights, leaves = by_hand(model, variant)
+    replaced = {f"clip.{key}": weight for key, weight in weights.items()}
+
+    ours, theirs = see_and_read(model), functional_call(Both(plain, see_and_read), replaced, ())
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
+    for image, text in (ours, theirs):
+        (image * text).square().sum().backward()
+    for key, leaf in leaves.items():
+        gradient = dict(model.named_parameters())[key].grad
+        assert gradient.abs().max() > 0, f"dead: {key}"
+        torch.testing.assert_close(gradient, leaf.grad, rtol=1e-7, atol=1e-10)
+    merged = plain_state_dict(model)
+    fresh = siglip()
+    fresh.load_state_dict(merged)
+    for x, y in zip(see_and_read(fresh), ours, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
+
+
+def test_q_k_and_v_in_one_layer_get_an_adapter_for_all_three_or_none():
+    with pytest.raises(ModelError, match="is q, k and v in one layer; name all three of them, or none"):
+        adapt(siglip(), AdapterConfig(targets=["q", "v"]))
+
+
+@pytest.mark.parametrize("kind", ["full", "layernorm", "bias", "last", "probe"])
+def test_each_kind_finds_its_weights_in_a_timm_trunk(kind):
+    model = siglip()
+    adapt(model, AdapterConfig(kind=kind))
+    image, text = see_and_read(model)
+    (model.logit_scale.exp() * (image * text).square().sum()).backward()
+    moved = {key for key, p in model.named_parameters() if p.grad is not None and bool(p.grad.abs().max() > 0)}
+    trained = {key for key, p in model.named_parameters() if p.requires_grad}
+    unmoved = {key for key in trained - moved if "k_proj.bias" not in key and "embedding" not in key}
+    assert not unmoved
+    assert moved <= trained
+    if kind == "probe":
+        assert trained == {
+            "logit_scale",
+            "visual.head.proj.weight",
+            "text.text_projection.weight",
+            "text.text_projection.bias",
+        }
+    if kind == "last":
+        assert "visual.trunk.blocks.1.attn.qkv.weight" in trained
+        assert "visual.trunk.blocks.0.attn.qkv.weight" not in trained
