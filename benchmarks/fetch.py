@@ -80,9 +80,9 @@ if __name__ == '__main__':
 CURATE = """
 import sys
 from pathlib import Path
-from curate import fetch, plan
-from curate.config import FetchConfig, PlanConfig
-if __name__ == '__main__':
+if __name__ == '__main__':  # as in the command `curate`, a worker imports what it needs alone
+    from curate import fetch, plan
+    from curate.config import FetchConfig, PlanConfig
     urls, out, mode, processes, connections, rows = sys.argv[1:]
     how = {
         'resize': dict(image_size=%(side)d, resize_mode='keep_ratio', encode_quality=%(quality)d),

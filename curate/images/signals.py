@@ -84,8 +84,10 @@ def _small(luma: Luma) -> Luma:
 
 def _dots(rgb: RGB) -> RGB:
     """Every so many pixels each way, SIDE a side at most: the shares of colours are those of the whole."""
-    step = -(-max(rgb.shape[:2]) // SIDE)
-    return np.ascontiguousarray(rgb[::step, ::step])
+    height, width, _ = rgb.shape
+    step = -(-max(height, width) // SIDE)
+    size = (-(-width // step), -(-height // step))
+    return np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_NEAREST), np.uint8)
 
 
 def _phash_of_luma(luma: Luma) -> int:
