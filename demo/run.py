@@ -31,13 +31,11 @@ console = Console(width=110)
 def main() -> None:
     """Run the demo in ./demo-run."""
     started = time.monotonic()
-    site = make_site()
-    with serving(site.bodies, _ports()) as web:
-        _begin(web)
-        _write_folders()
-        _write_lists(site, web)
-        _road(web)
-        hits = web.hits()
+    site, hits = prepare()
+    adapt = ["finetune", "fit", "--config", "configs/demo.yaml"]
+    forgetful = ["--out", str(RUN / "adapted-without-retain"), "--data.replay", "0", "--data.batch_size", "64"]
+    _step("4 Adapt the CLIP with LoRA, replaying `retain`", adapt)
+    _step("5 The same without `retain`, to see what that is worth", [*adapt, *forgetful])
     wrong = _print_junk(site.domain)
     _print_figures()
     console.print(
@@ -48,13 +46,25 @@ def main() -> None:
         sys.exit(f"demo: not under its own reason: {', '.join(wrong) or 'a request to the forbidden port or path'}")
 
 
-def _road(web: Web) -> None:
+def prepare() -> tuple[Site, Counter[str]]:
+    """Steps 1 to 3: the dataset of the domain and the CLIP to adapt, in ./demo-run.
+
+    Returns:
+        The site that was crawled, and how often each kind of thing was asked for.
+    """
+    site = make_site()
+    with serving(site.bodies, _ports()) as web:
+        _begin(web)
+        _write_folders()
+        _write_lists(site, web)
+        _build(web)
+        return site, web.hits()
+
+
+def _build(web: Web) -> None:
     allow = f'--fetch.allow_addresses=["{LOCAL}:{web.port}","{LOCAL}:{web.closed_port}"]'
     general = ["curate", "build", "--config", "configs/curate/demo_general.yaml", "--out", str(RUN / "general")]
     domain = ["curate", "build", "--config", "configs/curate/demo.yaml", "--out", str(RUN / "digits")]
-    adapt = ["finetune", "fit", "--config", "configs/demo.yaml"]
-    forgetful = ["--out", str(RUN / "adapted-without-retain"), "--data.replay", "0", "--data.batch_size", "64"]
-
     _step("1 The general web: emoji and their names", [*general, "--urls", str(RUN / "lists/general.parquet"), allow])
     _step(
         "2 Pretrain a small CLIP on it, from scratch",
@@ -64,8 +74,6 @@ def _road(web: Web) -> None:
     _step(
         "3 A crawl, most of it junk: select the domain", [*domain, "--urls", str(RUN / "lists/domain.parquet"), allow]
     )
-    _step("4 Adapt the CLIP with LoRA, replaying `retain`", adapt)
-    _step("5 The same without `retain`, to see what that is worth", [*adapt, *forgetful])
 
 
 def _step(title: str, command: list[str]) -> None:

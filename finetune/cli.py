@@ -1,4 +1,4 @@
-"""The command `finetune`: fit, validate, test, evaluate, predict, export, report.
+"""The command `finetune`: fit, summary, validate, test, evaluate, predict, export, report.
 
 Results go to stdout, progress and mistakes to stderr. Exit status: 0, or that of the error (curate/errors.py);
 Ctrl-C 130. Help and mistakes in the configuration load no torch: what is heavy is imported where it is needed.
@@ -11,6 +11,7 @@ import logging
 import sys
 from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,12 @@ HELP = {
           finetune fit --config domain.yaml --print_config      # every key, and stop
           finetune fit --config domain.yaml --dry_run           # the plan, and stop
           finetune fit --config few --data.dataset dataset      # a recipe that ships: few, medium, large, lora, full, …
+        """,
+    "summary": """
+        What a configuration trains: parts, trained shares, GFLOPs, learning rates. Needs no weights and no data.
+
+          finetune summary --config domain.yaml
+          finetune summary --model.clip.name RN50 --model.adapter.kind last --json
         """,
     "validate": """
         Figures of a run's CLIP on the val and retain splits of its dataset, and its named sets.
@@ -70,6 +77,7 @@ HELP = {
 }
 OPTIONS: dict[str, type] = {
     "fit": FitConfig,
+    "summary": FitConfig,
     "validate": FiguresOptions,
     "test": FiguresOptions,
     "evaluate": EvaluateOptions,
@@ -83,6 +91,7 @@ SWITCHES = {
         "--restart": "Forget what an earlier run left in `out`.",
         "--dry_run": "Print the plan (data, steps, what is trained, memory) and stop; nothing is written.",
     },
+    "summary": AS_JSON,
     "validate": AS_JSON,
     "test": AS_JSON,
     "evaluate": AS_JSON,
@@ -142,6 +151,20 @@ def fit(options: Namespace) -> None:
     print(f"export: finetune export --run {config.out} --to open_clip --out FOLDER")
 
 
+def summary(options: Namespace) -> None:
+    """Parts, parameters, GFLOPs and what each group gets."""
+    config = as_config(options, FitConfig)
+    from finetune.summary import summarise, tables
+    from finetune.tables import show
+
+    found = summarise(config.model)
+    if options.get("json", False):
+        print(json.dumps(asdict(found), indent=1))
+    else:
+        for table in tables(found):
+            show(table)
+
+
 def validate(options: Namespace) -> None:
     """Figures on val and retain."""
     _figures_of_run(as_config(options, FiguresOptions), "val", as_json=options.get("json", False))
@@ -159,8 +182,8 @@ def _figures_of_run(options: FiguresOptions, split: str, *, as_json: bool) -> No
     config = run_config(options.run)
     sets = dataset_sets(config.evaluate, config.data.dataset, split)
     clip = load_trained_clip(checkpoint_of(options.run, options.checkpoint), options.device)
-    summary = _evaluate(clip, sets, config.data.eval_batch_size)
-    _show_figures({str(options.run): summary}, as_json=as_json)
+    figures = _evaluate(clip, sets, config.data.eval_batch_size)
+    _show_figures({str(options.run): figures}, as_json=as_json)
 
 
 def evaluate(options: Namespace) -> None:
@@ -267,6 +290,7 @@ def report(options: Namespace) -> None:
 
 COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "fit": fit,
+    "summary": summary,
     "validate": validate,
     "test": test,
     "evaluate": evaluate,

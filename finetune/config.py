@@ -12,7 +12,8 @@ from typing import Literal
 
 from curate.errors import ConfigError
 
-PROJECTIONS = ("q", "k", "v", "out", "fc", "proj", "conv", "pool")
+PROJECTIONS = ("q", "k", "v", "out", "fc", "proj", "projection", "conv", "pool")
+TOWERS = ("image", "text")
 WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")  # of files whose architecture is read from their shapes
 Precision = Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true"]
 # Arguments of lightning.Trainer that are no keys here: what stands in their place.
@@ -131,29 +132,58 @@ class ClipConfig:
 class AdapterConfig:
     """What is trained."""
 
-    kind: Literal["full", "lora"] = "lora"
-    """full: all weights of the towers that are not locked. lora: low-rank updates to them (peft)."""
-    rank: int = 16
-    """Rank of the LoRA update."""
-    alpha: float = 32.0
-    """Scale of the LoRA update: (alpha / rank) · B·A."""
+    kind: Literal["full", "lora", "layernorm", "bias", "last", "probe"] = "lora"
+    """full: all weights of the towers that are not locked. lora: low-rank updates to them (peft). layernorm: the norms'
+    gains and biases. bias: all biases. last: the last blocks of each tower and what is behind them. probe: only the
+    linear maps at the ends of the towers, into the common space."""
+    variant: Literal["lora", "dora", "rslora", "pissa"] = "lora"
+    """Of kind lora. dora: a trained length of each row too. rslora: scaled by alpha / √rank. pissa: starts with the
+    largest singular values of the weights (no conv)."""
+    rank: int | dict[str, int] = 16
+    """Rank of the LoRA update; of each tower its own: {image: 16, text: 8}."""
+    alpha: float | dict[str, float] = 32.0
+    """Scale of the LoRA update: (alpha / rank) · B·A; a number, or one a tower."""
     dropout: float = 0.0
     """Dropout on the LoRA path's input."""
     targets: list[str] = field(default_factory=lambda: ["q", "k", "v", "out", "fc", "proj"])
-    """Which projections get LoRA: q, k, v, out of the attention, fc and proj of the MLP; conv (and the
-    downsampling) and pool (attention pool) of a ResNet."""
+    """Which projections get LoRA: q, k, v, out of the attention, fc and proj of the MLP; projection: the linear maps
+    into the common space; conv (and the downsampling) and pool (attention pool) of a ResNet."""
+    last_blocks: int = 1
+    """Of kind last: how many blocks of each tower."""
     lock: list[Literal["image", "text"]] = field(default_factory=list)
     """Towers that stay as they are (LiT: [image]): in eval mode, without gradient."""
     train_logit_scale: bool = True
     """Train the temperature too."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"model.adapter.rank: expected at least 1, got {self.rank}")
+        _check_by_tower("model.adapter.rank", self.rank)
+        _check_by_tower("model.adapter.alpha", self.alpha)
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.adapter.dropout: expected a share, 0 to below 1, got {self.dropout}")
+        if self.last_blocks < 1:
+            raise ConfigError(f"model.adapter.last_blocks: expected at least 1, got {self.last_blocks}")
         if unknown := [target for target in self.targets if target not in PROJECTIONS]:
             raise ConfigError(f"model.adapter.targets: '{unknown[0]}' is none of {', '.join(PROJECTIONS)}")
-        if set(self.lock) == {"image", "text"}:
+        if self.variant == "pissa" and "conv" in self.targets:
+            raise ConfigError("model.adapter.variant: pissa needs matrices; take conv out of model.adapter.targets")
+        if set(self.lock) == set(TOWERS):
             raise ConfigError("model.adapter.lock: with both towers locked nothing is trained")
+
+    def rank_of(self, tower: str) -> int:
+        """Rank of the LoRA update in a tower, image or text."""
+        return self.rank[tower] if isinstance(self.rank, dict) else self.rank
+
+    def alpha_of(self, tower: str) -> float:
+        """Alpha of the LoRA update in a tower, image or text."""
+        return self.alpha[tower] if isinstance(self.alpha, dict) else self.alpha
+
+
+def _check_by_tower(key: str, value: float | dict[str, int] | dict[str, float]) -> None:
+    if isinstance(value, dict) and set(value) != set(TOWERS):
+        raise ConfigError(f"{key}: expected a number or both towers, {{image: …, text: …}}, got {value}")
+    numbers = list(value.values()) if isinstance(value, dict) else [value]
+    if wrong := [number for number in numbers if number <= 0]:
+        raise ConfigError(f"{key}: expected above 0, got {wrong[0]}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,12 +221,21 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW with linear warm-up and decay."""
 
     lr: float = 1e-4
     """Peak learning rate: about 1e-4 for LoRA, 1e-5 for full."""
+    image_lr: float | None = None
+    """Peak learning rate of the image tower; null: lr."""
+    text_lr: float | None = None
+    """Peak learning rate of the text tower; null: lr."""
+    layer_decay: float = 1.0
+    """Each block's learning rate is this share of the next one's; what is behind the blocks has all of it, the
+    embeddings the least. 0.65 to 0.8 for full training; 1: all alike."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """From lr to min_lr after the warm-up; constant stays at lr."""
     min_lr: float = 0.0
-    """Learning rate at the end."""
+    """Learning rate at the end; where a tower or block has less than lr, as much less."""
     warmup: float = 0.05
     """Share of all steps with rising learning rate."""
     weight_decay: float = 0.1
@@ -207,6 +246,14 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ConfigError(f"model.optimizer.lr: expected above 0, got {self.lr}")
+        for tower, rate in (("image", self.image_lr), ("text", self.text_lr)):
+            if rate is not None and rate <= 0:
+                raise ConfigError(
+                    f"model.optimizer.{tower}_lr: expected above 0, got {rate}; "
+                    f"model.adapter.lock: [{tower}] keeps a tower as it is"
+                )
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"model.optimizer.layer_decay: expected above 0, up to 1, got {self.layer_decay}")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"model.optimizer.warmup: expected a share of all steps, 0 to 1, got {self.warmup}")
 

@@ -233,7 +233,7 @@ class CLIPModule(lightning.LightningModule):
         self.log("train/logit_scale", self.model.logit_scale.detach().exp())
         if self.is_sigmoid:
             self.log("train/logit_bias", self.model.logit_bias.detach())
-        self.log("lr-AdamW", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.log("lr-AdamW", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return loss
 
     def _squared_distance_to_start(self) -> Tensor:

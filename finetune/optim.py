@@ -3,38 +3,93 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from finetune.config import OptimizerConfig
+from finetune.layers import Depths, tower_of
 
 MAX_LOGIT_SCALE = math.log(100)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """The trainable parameters in two groups: matrices and kernels with weight decay; the rest without.
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Parameters that the optimiser treats alike, in numbers."""
 
-    Without: gains, biases and logit_scale (all of one or no axis), as in the paper; and the embeddings of tokens,
-    positions and class, which open_clip's own optimiser decays: for adaptation they are better left where they are.
-    """
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (free if parameter.ndim < 2 or "embedding" in name else decayed).append(parameter)
-    groups = [
-        {"name": "decayed", "params": decayed, "weight_decay": weight_decay},
-        {"name": "free", "params": free, "weight_decay": 0.0},
+    name: str
+    tensors: int
+    parameters: int
+    lr: float
+    weight_decay: float
+
+
+def groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
+    """What each group of trainable parameters will get."""
+    return [
+        Group(
+            name=group["name"],
+            tensors=len(group["params"]),
+            parameters=sum(parameter.numel() for parameter in group["params"]),
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+        )
+        for group in parameter_groups(model, config)
     ]
-    return [group for group in groups if group["params"]]
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The trainable parameters in groups of one learning rate and one weight decay, each with the name of what it is.
+
+    Weight decay: matrices and kernels. None: gains, biases and logit_scale (all of one or no axis), as in the paper;
+    and the embeddings of tokens, positions and class, which open_clip's own optimiser decays: for adaptation they are
+    better left where they are; and DoRA's lengths, which are gains.
+
+    Learning rate: the tower's (logit_scale: lr), times layer_decay for every step down from the head of the tower, as
+    in BEiT (arXiv 2106.08254, appendix): the head has all of it, the last block `layer_decay`, the stem
+    `layer_decay ** (blocks + 1)`.
+    """
+    depths = Depths(name for name, _ in model.named_parameters())
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        tower, decayed = tower_of(name), _is_decayed(name, parameter)
+        down = depths.from_head(name) if config.layer_decay < 1 else 0
+        group = groups.setdefault(
+            _group_name(tower, depths.depth(name) if config.layer_decay < 1 else None, decayed),
+            {
+                "params": [],
+                "lr": _tower_rate(tower, config) * config.layer_decay**down,
+                "weight_decay": config.weight_decay if decayed else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    return [{"name": name, **group} for name, group in groups.items()]
+
+
+def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim >= 2 and "embedding" not in name and "lora_magnitude" not in name
+
+
+def _group_name(tower: str | None, depth: int | None, decayed: bool) -> str:
+    if tower is None:
+        return "logit_scale"
+    return tower + ("" if depth is None else f" {depth:02d}") + ("" if decayed else ", no decay")
+
+
+def _tower_rate(tower: str | None, config: OptimizerConfig) -> float:
+    own = {"image": config.image_lr, "text": config.text_lr}.get(tower or "")
+    return config.lr if own is None else own
 
 
 def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters, in its fused form, which is several times faster on CPU and GPU alike."""
     fused = all(parameter.device.type in ("cpu", "cuda", "mps") for parameter in model.parameters())
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps, fused=fused
+        parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=fused
     )
     # Fused, it offers to undo a loss scale inside its step. Lightning then refuses to clip in any mixed precision,
     # because gradients would be clipped while still scaled; without the offer it undoes the scale before.
@@ -43,26 +98,32 @@ def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:
-    """Learning rate of a step: a straight rise to lr over the warm-up, then half a cosine towards min_lr.
+    """Learning rate of a step: a straight rise to lr over the warm-up, then the schedule.
 
-    As in open_clip.
+    That is half a cosine or a straight line towards min_lr, or no change. Warm-up and cosine as in open_clip.
 
     Args:
         step: from 0; min_lr from `total` on.
         total: number of steps of the whole run.
-        config: lr, min_lr, and the share of the steps that is warm-up.
+        config: lr, min_lr, schedule, and the share of the steps that is warm-up.
     """
     warmup = round(config.warmup * total)
     if step < warmup:
         return config.lr * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.lr
     done = min(1.0, (step - warmup) / max(1, total - warmup))
-    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
+    left = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return config.min_lr + (config.lr - config.min_lr) * left
 
 
 def schedule(
     optimizer: torch.optim.Optimizer, total: int, config: OptimizerConfig
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """`learning_rate` as a scheduler that is stepped after each optimiser step."""
+    """`learning_rate` as a scheduler that is stepped after each optimiser step.
+
+    It is one factor for all groups, each of which started with a learning rate of its own.
+    """
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, total, config) / config.lr)
 
 

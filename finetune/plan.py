@@ -28,21 +28,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finetune.checks import count_pairs
 from finetune.config import FitConfig
-from finetune.optim import adamw, total_steps
+from finetune.optim import Group, groups, total_steps
 
 MOST_GROUPS = 12  # shown of the optimiser's
 FEW, MEDIUM = 2_000, 200_000  # pairs, up to which the recipe of that name is meant
 BYTES = {"64": 8, "32": 4, "bf16": 2, "16": 2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """Parameters that the optimiser treats alike."""
-
-    name: str
-    parameters: int
-    lr: float
-    weight_decay: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +107,7 @@ def make_plan(config: FitConfig, module: Any, data: Any, trainer: Any) -> Plan:
         warmup=round(config.model.optimizer.warmup * steps),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(p.numel() for p in parameters),
-        groups=_groups(module),
+        groups=groups(module.model, module.optimizer),
         memory=estimate_memory(module, config.data.batch_size, devices, trainer.precision),
         device=_device(trainer),
         precision=trainer.precision,
@@ -131,19 +121,6 @@ def _pairs(data: Any) -> dict[str, int]:
         "val": count_pairs(data.config.dataset, "val") or 0,
     }
     return {name: count for name, count in counts.items() if count}
-
-
-def _groups(module: Any) -> list[Group]:
-    """The optimiser's own groups: it is made here once more, which costs nothing before its first step."""
-    return [
-        Group(
-            name=str(group.get("name", "")),
-            parameters=sum(p.numel() for p in group["params"]),
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-        )
-        for group in adamw(module.model, module.optimizer).param_groups
-    ]
 
 
 def _device(trainer: Any) -> str:
@@ -261,21 +238,22 @@ def recipe(plan: Plan) -> str:
     return "few" if pairs < FEW else "medium" if pairs < MEDIUM else "large"
 
 
-def _few(groups: list[Group]) -> Iterator[Group]:
+def _few(every: list[Group]) -> Iterator[Group]:
     """The groups; of very many (one a layer) the first and the last, and all between as one."""
-    if len(groups) <= MOST_GROUPS:
-        yield from groups
+    if len(every) <= MOST_GROUPS:
+        yield from every
         return
     half = MOST_GROUPS // 2
-    between = groups[half:-half]
-    yield from groups[:half]
+    between = every[half:-half]
+    yield from every[:half]
     yield Group(
         name=f"… {len(between)} groups up to",
+        tensors=sum(group.tensors for group in between),
         parameters=sum(group.parameters for group in between),
         lr=between[-1].lr,
         weight_decay=between[-1].weight_decay,
     )
-    yield from groups[-half:]
+    yield from every[-half:]
 
 
 def size(count: float) -> str:

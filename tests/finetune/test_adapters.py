@@ -242,7 +242,7 @@ def test_the_saved_adapter_is_peft_s_and_gives_the_same_embeddings(name, tmp_pat
 def test_there_is_no_adapter_to_save_after_full_training(tmp_path):
     model = build("tiny-vit")
     adapt(model, AdapterConfig(kind="full"))
-    with pytest.raises(ModelError, match="trained in full"):
+    with pytest.raises(ModelError, match="trained without LoRA"):
         save_adapter(model, tmp_path)
 
 
@@ -252,3 +252,43 @@ def test_a_copy_of_an_adapted_model_is_its_own():
     merge(twin)
     assert lora_config(model) is not None
     assert any("lora_" in key for key, _ in model.named_parameters())
+
+
+TRAINED = {  # of tiny-vit, written out: what each kind trains of the image tower
+    "probe": {"visual.proj"},
+    "last": {"visual.proj", "visual.ln_post.weight", "visual.ln_post.bias"},
+}
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "bias", "last", "probe"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_kind_trains_what_it_names_all_of_it_moves_and_nothing_else(name, kind):
+    model = build(name)
+    before = embed(model)
+    adapt(model, AdapterConfig(kind=kind))
+    after = embed(model)
+    for x, y in zip(after, before, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
+    image, text = after
+    (model.logit_scale.exp() * (image * text).square().sum()).backward()
+    for key, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert parameter.grad is None, key
+        elif not key.endswith("k_proj.bias"):  # softmax does not see it
+            assert parameter.grad is not None, key
+            assert parameter.grad.abs().max() > 0, key
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained >= {"logit_scale"}
+    if name == "tiny-vit" and kind in TRAINED:
+        block = {key for key in trained if key.startswith("visual.transformer.resblocks.")}
+        assert {key for key in trained if key.startswith("visual.")} - block == TRAINED[kind]
+        assert {key.split(".")[3] for key in block} == ({"1"} if kind == "last" else set())
+
+
+def test_rank_and_alpha_are_each_tower_s_own():
+    model = build("tiny-vit")
+    adapt(model, lora("tiny-vit", rank={"image": 4, "text": 2}, alpha={"image": 8, "text": 1}))
+    image = model.visual.transformer.resblocks[0].attn.q_proj
+    text = model.transformer.resblocks[0].attn.q_proj
+    assert (image.r["default"], image.scaling["default"]) == (4, 2.0)
+    assert (text.r["default"], text.scaling["default"]) == (2, 0.5)

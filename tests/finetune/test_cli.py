@@ -82,7 +82,7 @@ def test_the_help_of_fit_explains_every_key(capsys):
         main(["fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "Peak learning rate: about 1e-4 for LoRA, 1e-5 for full." in text
-    assert "Rank of the LoRA update. (type: int, default: 16)" in text
+    assert "Rank of the LoRA update; of each tower its own: {image: 16, text: 8}. (type: " in text
     assert "<class 'finetune" not in text
 
 
@@ -117,12 +117,15 @@ def test_a_wrong_yaml_file_is_one_line_with_the_nearest_key(content, message, tm
         ("fit --model.optimizer.lr abc", "model.optimizer.lr: expected a number, got 'abc'"),
         ("fit --model.optimizer.lr -1", "model.optimizer.lr: expected above 0, got -1.0"),
         ("fit --trainer.max_epochs x", "trainer.max_epochs: expected a whole number or null, got 'x'"),
-        ("fit --model.adapter.kind lorra", "model.adapter.kind: expected one of full, lora, got 'lorra'"),
+        (
+            "fit --model.adapter.kind lorra",
+            "model.adapter.kind: expected one of full, lora, layernorm, bias, last, probe, got 'lorra'",
+        ),
         ("fit --out", "--out: expected one argument"),
         (
             "fit --config nowhere.yaml",
-            "--config nowhere.yaml: no such file, and no preset; presets: demo_pretrain, few, full, large, lit, lora, "
-            "medium, scratch.",
+            "--config nowhere.yaml: no such file, and no preset; presets: bias, demo_pretrain, few, full, large, last, "
+            "layernorm, lit, lora, medium, probe, scratch.",
         ),
         ("fitt", "no command 'fitt'. Did you mean 'fit'?"),
         ("", "a command is needed; see --help"),

@@ -27,6 +27,10 @@ ADAPTERS = {
     "lora": {"kind": "lora", "rank": 4, "dropout": 0.3},
     "locked": {"kind": "full", "lock": ["image"]},
     "no temperature": {"kind": "lora", "train_logit_scale": False},
+    "dora": {"kind": "lora", "variant": "dora", "rank": 4},
+    "pissa": {"kind": "lora", "variant": "pissa", "rank": 4},
+    "layernorm": {"kind": "layernorm"},
+    "probe": {"kind": "probe"},
 }
 
 

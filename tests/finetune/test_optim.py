@@ -18,9 +18,11 @@ def names(model, group) -> set[str]:
 
 def test_matrices_decay_and_biases_norms_embeddings_and_the_temperature_do_not():
     model = build("tiny-vit")
-    decayed, free = parameter_groups(model, 0.2)
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.2, 0.0)
-    assert {"visual.proj", "visual.conv1.weight", "text_projection"} <= names(model, decayed)
+    groups = parameter_groups(model, OptimizerConfig(weight_decay=0.2))
+    assert [group["weight_decay"] for group in groups if group["name"] == "logit_scale"] == [0.0]
+    decayed = set().union(*(names(model, group) for group in groups if group["weight_decay"] == 0.2))
+    free = set().union(*(names(model, group) for group in groups if group["weight_decay"] == 0))
+    assert {"visual.proj", "visual.conv1.weight", "text_projection"} <= decayed
     assert {
         "logit_scale",
         "token_embedding.weight",
@@ -29,15 +31,17 @@ def test_matrices_decay_and_biases_norms_embeddings_and_the_temperature_do_not()
         "visual.class_embedding",
         "ln_final.weight",
         "transformer.resblocks.0.mlp.c_fc.bias",
-    } <= names(model, free)
-    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+    } <= free
+    assert decayed | free == {name for name, _ in model.named_parameters()}
+    assert not decayed & free
 
 
 def test_what_is_not_trained_is_in_no_group_and_an_empty_group_is_left_out():
     model = build("tiny-vit")
     adapt(model, AdapterConfig(rank=2, train_logit_scale=False))
-    (group,) = parameter_groups(model, 0.2)
-    assert all("lora_" in name for name in names(model, group))
+    groups = parameter_groups(model, OptimizerConfig())
+    assert {g["name"] for g in groups} == {"image", "text"}
+    assert all("lora_" in name for group in groups for name in names(model, group))
 
 
 def test_one_adamw_step_equals_the_formula():
@@ -93,3 +97,27 @@ def test_the_temperature_is_kept_in_its_bounds(before, after):
     model.logit_scale.data.fill_(before)
     clamp_logit_scale(model)
     assert model.logit_scale.item() == pytest.approx(after)
+
+
+def test_each_parameter_gets_its_tower_s_rate_times_the_decay_of_its_depth_at_every_step():
+    config = OptimizerConfig(lr=1e-3, image_lr=4e-3, layer_decay=0.5, warmup=0.2, schedule="linear")
+    model = build("tiny-vit")
+    optimizer = adamw(model, config)
+    scheduler = schedule(optimizer, 10, config)
+    by_hand = {  # two blocks: the stem stands three steps below the head
+        "visual.proj": 4e-3, "visual.transformer.resblocks.1.mlp.c_fc.weight": 2e-3,
+        "visual.transformer.resblocks.0.mlp.c_fc.bias": 1e-3, "visual.conv1.weight": 5e-4,
+        "ln_final.bias": 1e-3, "transformer.resblocks.0.mlp.c_fc.weight": 2.5e-4,
+        "token_embedding.weight": 1.25e-4, "logit_scale": 1e-3,
+    }  # fmt: skip
+    for step in range(10):
+        factor = (step + 1) / 2 if step < 2 else 1 - (step - 2) / 8
+        rates = {name: group["lr"] for group in optimizer.param_groups for name in names(model, group)}
+        assert {name: rates[name] for name in by_hand} == pytest.approx({k: v * factor for k, v in by_hand.items()})
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_constant_schedule_stays_after_the_warm_up():
+    config = OptimizerConfig(lr=1e-3, warmup=0.2, schedule="constant")
+    assert [learning_rate(step, 10, config) for step in (1, 2, 9, 10)] == pytest.approx([1e-3] * 4)

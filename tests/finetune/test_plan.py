@@ -142,7 +142,7 @@ def test_training_does_what_the_plan_says(tmp_path, dataset, architectures, caps
 
 
 def test_very_many_groups_are_shown_as_a_few_that_keep_all_parameters():
-    groups = [Group(name=str(n), parameters=n, lr=n * 1e-5, weight_decay=0.1) for n in range(1, 50)]
+    groups = [Group(name=str(n), tensors=1, parameters=n, lr=n * 1e-5, weight_decay=0.1) for n in range(1, 50)]
     few = list(_few(groups))
     assert len(few) == 13
     assert sum(group.parameters for group in few) == sum(group.parameters for group in groups)

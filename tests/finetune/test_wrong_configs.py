@@ -156,7 +156,7 @@ BOUNDS = [
     case("model.optimizer.betas", [0.9, 1.0], "model.optimizer.betas: expected 0 to below 1, got 1.0"),
     case("model.optimizer.min_lr", 1.0, "model.optimizer.min_lr: expected at most the lr of"),
     case("model.adapter.rank", 0, "model.adapter.rank: expected "),
-    case("model.adapter.dropout", 1.0, "model.adapter.dropout: expected 0 to below 1"),
+    case("model.adapter.dropout", 1.0, "model.adapter.dropout: expected a share, 0 to below 1"),
     case("model.adapter.targets", ["q", "key"], "model.adapter.targets: 'key' is none of q, k, v"),
     case("model.adapter.targets", [], "model.adapter.targets: empty"),
     case("model.loss.label_smoothing", 1.5, "model.loss.label_smoothing: expected "),
