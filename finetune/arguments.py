@@ -19,7 +19,7 @@ class RunOptions:
     run: Path
     """Folder of a run (`out` of `finetune fit`), or a checkpoint file."""
     checkpoint: str = "best"
-    """best, last, or the path of a checkpoint."""
+    """best (the interpolated one, if there is), last, or the path of a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class EvaluateOptions:
     clip: ClipConfig | None = None
     """A CLIP as it is."""
     checkpoint: str = "best"
-    """Of the runs: best, last, or the path of a checkpoint."""
+    """Of the runs: best (the interpolated one, if there is), last, or the path of a checkpoint."""
     dataset: Path | None = None
     """A dataset whose split (and retain split) is a retrieval set."""
     split: Literal["train", "val", "test"] = "test"
@@ -57,7 +57,7 @@ class PredictOptions:
     run: Path | None = None
     """Folder of a run, or a checkpoint file."""
     checkpoint: str = "best"
-    """Of the run: best, last, or the path of a checkpoint."""
+    """Of the run: best (the interpolated one, if there is), last, or the path of a checkpoint."""
     clip: ClipConfig | None = None
     """Or a CLIP as it is."""
     top: int = 3
