@@ -72,10 +72,13 @@ class PredictOptions:
 class ExportOptions(RunOptions):
     """Where to, and in which form."""
 
-    to: Literal["open_clip", "transformers", "adapter"] = "open_clip"
-    """open_clip, transformers (CLIPModel): all weights, LoRA merged; adapter: the LoRA alone, in peft's format."""
+    to: Literal["open_clip", "transformers", "onnx", "adapter"] = "open_clip"
+    """open_clip, transformers (CLIPModel), onnx (both towers): all weights, LoRA merged; adapter: the LoRA alone, in
+    peft's format."""
     out: Path
     """Folder to write."""
+    license: str | None = None
+    """Of the model, as an SPDX name, for its card."""
 
 
 @dataclass(frozen=True, kw_only=True)

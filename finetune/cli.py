@@ -64,10 +64,10 @@ HELP = {
           finetune predict --run runs/domain --images shelf.jpg photos/ --queries "a full shelf" "an empty shelf"
         """,
     "export": """
-        Write a run's CLIP as a folder that open_clip (local-dir:FOLDER) or transformers loads, or its LoRA alone.
+        Write a run's CLIP for open_clip (local-dir:FOLDER), transformers or onnxruntime, or its LoRA alone for peft.
 
           finetune export --run runs/domain --to open_clip --out domain-clip
-          finetune export --run runs/domain --to transformers --out domain-clip-transformers
+          finetune export --run runs/domain --to transformers --license mit --out domain-clip-transformers
         """,
     "report": """
         Write RUN/report.html again.
@@ -95,6 +95,7 @@ SWITCHES = {
     "validate": AS_JSON,
     "test": AS_JSON,
     "evaluate": AS_JSON,
+    "export": {"--overwrite": "Replace what is in the folder."},
     "predict": {"--json": "Print JSON with all probabilities.", "--csv": "Print CSV with all probabilities."},
 }
 USAGE = {"fit": "finetune fit --config FILE [--KEY VALUE …]"}
@@ -274,8 +275,15 @@ def export(options: Namespace) -> None:
     chosen = as_config(options, ExportOptions)
     from finetune.export import export as run_export
 
-    checkpoint = run_export(chosen.run, chosen.out, chosen.to, checkpoint=chosen.checkpoint)
-    print(f"{checkpoint} → {chosen.out}")
+    checkpoint = run_export(
+        chosen.run,
+        chosen.out,
+        chosen.to,
+        checkpoint=chosen.checkpoint,
+        license=chosen.license,
+        overwrite=options.get("overwrite", False),
+    )
+    print(f"{checkpoint} → {chosen.out}, loaded again in a fresh process: the same embeddings")
     if chosen.to == "open_clip":
         print(f'open_clip.create_model_and_transforms("local-dir:{chosen.out}")')
 

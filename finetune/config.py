@@ -118,6 +118,11 @@ class ClipConfig:
         )
 
     @property
+    def is_random(self) -> bool:
+        """Whether there are no weights to start from."""
+        return self.pretrained is None and not self.brings_weights
+
+    @property
     def weights(self) -> str | None:
         """What the weights are loaded from beside the name."""
         return None if self.brings_weights else self.pretrained
@@ -267,7 +272,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         key = self.loss.holds_to_start
-        if key and self.clip.weights is None and not self.clip.brings_weights:
+        if key and self.clip.is_random:
             raise ConfigError(
                 f"model.loss.{key}: the start is random weights (model.clip.pretrained: null), to which nothing should "
                 "be held; set it to 0"

@@ -365,10 +365,7 @@ def _monitor(config: FitConfig, metrics: list[str]) -> str | None:
 
 def _goal(config: FitConfig, gain: str | None, metrics: list[str]) -> Goal | None:
     """What is weighed against what; None from random weights, which know nothing that could be kept."""
-    clip = config.model.clip
-    if clip.weights is None and not clip.brings_weights:
-        return None
-    return goal(config.keep, gain, metrics)
+    return None if config.model.clip.is_random else goal(config.keep, gain, metrics)
 
 
 @contextmanager

@@ -127,7 +127,7 @@ class CLIPModule(lightning.LightningModule):
     @property
     def from_scratch(self) -> bool:
         """Whether training started from random weights."""
-        return self.clip_config.weights is None and not self.clip_config.brings_weights
+        return self.clip_config.is_random
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Embeddings (B, D) of pixels (B, 3, H, W), L2-normalised, at least float32."""

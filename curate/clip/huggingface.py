@@ -158,6 +158,30 @@ def transformers_configs(model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[s
     return {"config.json": config, "preprocessor_config.json": processor}
 
 
+def tokenizer_files(context_length: int) -> dict[str, str]:
+    """CLIP's BPE, built into open_clip, as the files of transformers' `CLIPTokenizer`: contents by name."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    tokenizer = SimpleTokenizer()
+    vocabulary = {token: number for token, number in tokenizer.encoder.items() if number not in (_SOT, _EOT)}
+    vocabulary |= {"<|startoftext|>": _SOT, "<|endoftext|>": _EOT}
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.bpe_ranks)]
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "do_lower_case": True,
+        "model_max_length": context_length,
+    }
+    return {
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
+        "merges.txt": "\n".join(merges) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=2),
+    }
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 
 

@@ -20,9 +20,9 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from curate.clip import Clip, load_clip
-from curate.errors import InputError, ModelError
+from curate.errors import ConfigError, InputError, ModelError
 from finetune.config import AdapterConfig
-from finetune.export import check_export, export, write_open_clip, write_transformers
+from finetune.export import check, check_export, export, write_open_clip, write_transformers
 from finetune.runs import checkpoint_of, load_module, load_trained_clip
 from tests.finetune.fitted import fit_tiny
 from tests.finetune.tiny import TEXT
@@ -88,8 +88,8 @@ def test_training_changed_the_embeddings_so_that_equality_means_something(run):
 
 def test_our_own_loader_reads_it_with_tokenizer_and_preprocessing(run, tmp_path):
     image, text, picture = embeddings_in_training(run)
-    export(run, tmp_path)
-    clip = load_clip(f"local-dir:{tmp_path}", device="cpu")
+    export(run, tmp_path / "exported")
+    clip = load_clip(f"local-dir:{tmp_path / 'exported'}", device="cpu")
     assert torch.allclose(clip.embed_images([picture]), image, atol=1e-5)
     assert torch.allclose(clip.embed_captions(CAPTIONS), text, atol=1e-5)
 
@@ -115,7 +115,7 @@ def test_exporting_twice_gives_the_same_bytes(run, tmp_path):
     export(run, tmp_path / "a")
     export(run, tmp_path / "b")
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["open_clip_config.json", "open_clip_model.safetensors"]
+    assert names == ["README.md", "open_clip_config.json", "open_clip_model.safetensors"]
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
 
 
@@ -205,6 +205,95 @@ def test_an_export_that_differs_is_refused(tmp_path, architectures):
         clip.model.visual.proj.add_(0.1 * torch.randn_like(clip.model.visual.proj))
     with pytest.raises(ModelError, match=r"image embeddings are .* off the checkpoint's"):
         check_export(clip, tmp_path)
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        check_export(clip, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory, dataset, architectures):
+    """A run of LoRA from saved weights: what an adapter can be put on."""
+    folder = tmp_path_factory.mktemp("adapted")
+    torch.manual_seed(1)
+    write_open_clip(load_clip(architectures["tiny-vit"], device="cpu"), folder / "start")
+    targets = ["q", "k", "v", "out", "fc", "proj", "projection"]
+    adapter = AdapterConfig(kind="lora", rank=2, targets=targets)
+    return fit_tiny(folder, dataset, f"local-dir:{folder / 'start'}", adapter, steps=3).out
+
+
+@pytest.mark.parametrize("form", ["open_clip", "transformers", "onnx", "adapter"])
+def test_every_form_is_loaded_in_a_fresh_process_before_it_is_called_done(adapted, tmp_path, form, monkeypatch):
+    """With a checkpoint that is another one than what was written, nothing is exported."""
+    export(adapted, tmp_path / "right", form)
+    assert (tmp_path / "right" / "README.md").is_file()
+
+    compared = check._compare
+
+    def worse(folder, form, given, expected):
+        compared(folder, form, given, (expected[0], expected[1] + 1e-3))
+
+    monkeypatch.setattr(check, "_compare", worse)
+    with pytest.raises(ModelError, match=r"text embeddings are 0\.001 off the checkpoint's; nothing was exported"):
+        export(adapted, tmp_path / "wrong", form)
+    assert [path.name for path in tmp_path.iterdir()] == ["right"]
+
+
+def test_an_onnx_export_takes_batches_of_any_size(run, tmp_path):
+    import onnxruntime
+
+    image, text, picture = embeddings_in_training(run)
+    export(run, tmp_path / "onnx", "onnx")
+    clip = load_trained_clip(checkpoint_of(run), "cpu")
+    for tower, name, batch, expected in (
+        ("image", "pixels", clip.preprocess(picture)[None], image),
+        ("text", "tokens", clip.tokenizer(CAPTIONS), text),
+    ):
+        session = onnxruntime.InferenceSession(tmp_path / "onnx" / f"{tower}.onnx")
+        for times in (1, 4):
+            (got,) = session.run([f"{tower}_embedding"], {name: torch.cat([batch] * times).numpy()})
+            assert np.abs(got - expected.repeat(times, 1).numpy()).max() < 1e-4
+
+
+def test_transformers_processor_makes_the_tokens_of_open_clip(adapted, tmp_path):
+    from transformers import CLIPProcessor
+
+    export(adapted, tmp_path / "exported", "transformers")
+    processor = CLIPProcessor.from_pretrained(tmp_path / "exported")
+    for caption in ("a red circle", "Zwölf große Äpfel, 3 × 4!", "it's a dog's life ☺"):
+        ours = open_clip.get_tokenizer("ViT-B-32")([caption])[0]
+        theirs = processor(text=caption, return_tensors="pt")["input_ids"][0]
+        assert theirs.tolist() == ours[ours > 0].tolist()
+
+
+def test_the_card_tells_the_figures_and_is_read_by_the_hub(adapted, tmp_path):
+    from huggingface_hub import ModelCard
+
+    export(adapted, tmp_path / "exported", license="mit")
+    card = ModelCard.load(tmp_path / "exported" / "README.md")
+    evaluation = json.loads((adapted / "evaluation.json").read_text())
+    assert card.data.license == "mit"
+    assert card.data.library_name == "open_clip"
+    for metric, cell in evaluation["after"].items():
+        (row,) = [line for line in card.text.splitlines() if line.startswith(f"| {metric} |")]
+        assert f"| {cell['n']} |" in row
+    assert "40 pairs" in card.text
+    assert "Intended use" in card.text
+
+
+def test_nothing_is_written_over_without_a_word(adapted, tmp_path):
+    out = tmp_path / "exported"
+    out.mkdir()
+    export(adapted, out)  # an empty folder is nobody's
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is there already; give another folder, or --overwrite"):
+        export(adapted, out)
+    assert (out / "mine.txt").is_file()
+    export(adapted, out, overwrite=True)
+    assert not (out / "mine.txt").exists()
+    with pytest.raises(InputError):
+        export(tmp_path / "nothing", out, overwrite=True)
+    assert (out / "open_clip_model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["exported"]
 
 
 def test_the_checkpoint_can_be_chosen(tmp_path):
