@@ -1,4 +1,4 @@
-"""The folder of a finished or interrupted run: its configuration, its checkpoints, its CLIP."""
+"""The folder of a finished or interrupted run: its configuration, its checkpoints, its CLIP; any CLIP by one word."""
 
 from __future__ import annotations
 
@@ -80,3 +80,34 @@ def load_trained_clip(checkpoint: Path, device: str = "auto") -> Clip:
     clip.model = module.model.eval().to(choose_device(device))
     clip.name = str(checkpoint)
     return clip
+
+
+def load_named(name: str, device: str = "auto") -> Clip:
+    """Any trained CLIP by one word, as a plain open_clip model in eval mode.
+
+    Args:
+        name: the folder of a run (its best checkpoint) or a checkpoint; OpenAI's name (`ViT-B/32`); an architecture and
+            a tag of open_clip (`ViT-B-32/laion2b_s34b_b79k`); a file of OpenAI's; a folder of open_clip or transformers
+            (`local-dir:` before it or not); `hf-hub:ID`.
+        device: `auto` is cuda, else mps, else cpu.
+
+    Raises:
+        InputError: a run without a checkpoint.
+        ModelError: there is no such CLIP, or its weights cannot be had.
+    """
+    from curate.clip import OPENAI_NAMES, brings_weights, load, load_clip
+
+    path = Path(name)
+    if path.suffix == ".ckpt" or (path / "config.yaml").is_file():
+        return load_trained_clip(checkpoint_of(path), device)
+    architecture, _, tag = name.rpartition("/")
+    if not architecture or name in OPENAI_NAMES or brings_weights(name):
+        return load(name, device=device)
+    import open_clip
+
+    if architecture not in open_clip.list_models():
+        raise ModelError(
+            f"{name}: no such file or folder, nor a CLIP of that name; expected a run, a file or folder of weights, "
+            f"one of OpenAI's names ({', '.join(OPENAI_NAMES)}), or ARCHITECTURE/TAG of open_clip"
+        )
+    return load_clip(architecture, tag, device=device)
