@@ -1,4 +1,4 @@
-"""docs/hands_on.ipynb, run from top to bottom in a process of its own with a small CLIP that knows colours."""
+"""docs/hands_on.ipynb and docs/predict.md, run from top to bottom with a small CLIP that knows colours."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import copy
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,12 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from finetune.cli import main
 from finetune.config import AdapterConfig, OptimizerConfig
 from finetune.fit import fit
 from tests.finetune import tiny
-from tests.finetune.fitted import tiny_config
+from tests.finetune.fitted import labelled_folder, tiny_config
 
-NOTEBOOK = Path(__file__).parents[2] / "docs" / "hands_on.ipynb"
+DOCS = Path(__file__).parents[2] / "docs"
+NOTEBOOK = DOCS / "hands_on.ipynb"
 # As Jupyter does it: a cell's last expression is its result.
 RUNNER = """
 import ast, json, sys, warnings
@@ -99,3 +103,38 @@ def test_it_runs_and_shows_what_its_text_says(cells, run):
         [544, 512],
         [728, 684],
     ]
+
+
+@pytest.fixture
+def desk(run, tmp_path, monkeypatch) -> Path:
+    """A folder with all that docs/predict.md names, and no cache of OpenAI's."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "domain").symlink_to(run)
+    labelled_folder(tmp_path / "photos")
+    (tmp_path / "photo.jpg").write_bytes(tiny.picture("red", "circle", 7))
+    shutil.copytree(run.parent / "dataset", tmp_path / "dataset")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_command_of_the_page_runs(desk, capsys):
+    page = (DOCS / "predict.md").read_text(encoding="utf-8")
+    commands = [line.strip() for line in page.splitlines() if line.startswith("    finetune predict")]
+    assert len(commands) == 9
+    for command in commands:
+        _, *arguments = shlex.split(command.replace("--model ViT-B/32", "--model runs/domain"))
+        assert main([*arguments, "--device", "cpu"]) == 0, command
+        for name in ("--out", "--embeddings"):
+            if name in arguments:
+                assert (desk / arguments[arguments.index(name) + 1]).stat().st_size > 500
+    assert "a full shelf" in capsys.readouterr().out
+
+
+def test_the_python_of_the_page_runs(desk):
+    page = (DOCS / "predict.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict = {}
+    exec(source.replace('"ViT-B/32"', '"runs/domain"').replace("torch.cuda.is_available()", "False"), names)
+    assert names["probabilities"].shape == (1, 3)
+    assert names["image_features"].shape == (1, 16)
+    assert names["text_features"].shape == (3, 16)
