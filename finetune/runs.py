@@ -6,7 +6,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from curate.errors import InputError, ModelError
+from curate.errors import InputError, ModelError, did_you_mean
 from curate.options import read_config
 from finetune.config import FitConfig
 
@@ -100,14 +100,18 @@ def load_named(name: str, device: str = "auto") -> Clip:
     path = Path(name)
     if path.suffix == ".ckpt" or (path / "config.yaml").is_file():
         return load_trained_clip(checkpoint_of(path), device)
-    architecture, _, tag = name.rpartition("/")
-    if not architecture or name in OPENAI_NAMES or brings_weights(name):
+    if name in OPENAI_NAMES or brings_weights(name):
         return load(name, device=device)
     import open_clip
 
-    if architecture not in open_clip.list_models():
-        raise ModelError(
-            f"{name}: no such file or folder, nor a CLIP of that name; expected a run, a file or folder of weights, "
-            f"one of OpenAI's names ({', '.join(OPENAI_NAMES)}), or ARCHITECTURE/TAG of open_clip"
-        )
-    return load_clip(architecture, tag, device=device)
+    architecture, _, tag = name.rpartition("/")
+    known = open_clip.list_models()
+    if architecture in known:
+        return load_clip(architecture, tag, device=device)
+    if name in known:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none is published"
+        raise ModelError(f"{name}: which weights? Expected {name}/TAG; its tags: {tags}")
+    raise ModelError(
+        f"{name}: no such file, folder or CLIP with weights; expected a run, a file of OpenAI's, a folder of open_clip "
+        f"or transformers, ARCHITECTURE/TAG of open_clip, or one of OpenAI's names.{did_you_mean(name, OPENAI_NAMES)}"
+    )

@@ -20,6 +20,7 @@ from curate.clip import load as load_plain
 from curate.clip import load_clip
 from curate.errors import ConfigError, ModelError
 from finetune.config import AdapterConfig
+from finetune.hands_on import CustomTextCLIP, as_openai
 from finetune.runs import checkpoint_of, load_trained_clip
 from tests.finetune import tiny
 from tests.finetune.fitted import fit_tiny
@@ -201,8 +202,6 @@ def test_a_siglip_has_its_bias_in_the_logits(tmp_path):
     """A text tower of its own (CustomTextCLIP), a bias, and a ResNet."""
     cfg = copy.deepcopy(tiny.ARCHITECTURES["tiny-resnet"]) | {"init_logit_bias": -10.0, "custom_text": True}
     (tmp_path / "tiny-biased.json").write_text(json.dumps(cfg))
-    from finetune.hands_on import CustomTextCLIP, as_openai
-
     plain = load_clip(str(tmp_path / "tiny-biased.json"), device="cpu")
     cosines = plain.embed_images([photo()]) @ plain.embed_captions(QUERIES).T
     model = as_openai(plain.model, plain.tokenizer)
@@ -215,12 +214,19 @@ def test_a_siglip_has_its_bias_in_the_logits(tmp_path):
 def test_what_cannot_be_loaded_is_one_clear_line(tmp_path):
     with pytest.raises(ConfigError, match="jit=True is not offered"):
         clip.load("ViT-B/32", jit=True)
-    with pytest.raises(ModelError, match=r"runs/nowhere: no such file or folder, nor a CLIP of that name"):
+    with pytest.raises(ModelError, match=r"runs/nowhere: no such file, folder or CLIP with weights; expected a run"):
         clip.load("runs/nowhere")
+    with pytest.raises(ModelError, match=r"Did you mean 'ViT-B/32'\?"):
+        clip.load("ViT-B/31")
     with pytest.raises(ModelError, match=r"neither a file nor a tag of ViT-B-32\. Did you mean 'laion2b_s34b_b79k'"):
         clip.load("ViT-B-32/laion2b_s34b_b79")
-    with pytest.raises(ModelError, match="which weights"):
+    with pytest.raises(ModelError, match=r"ViT-B-32: which weights\? Expected ViT-B-32/TAG; its tags: openai, "):
         clip.load("ViT-B-32")
+    (tmp_path / "cut.pt").write_bytes(b"PK")
+    with pytest.raises(ModelError, match=r"cut\.pt, pretrained None: cannot be loaded"):
+        clip.load(tmp_path / "cut.pt")
+    with pytest.raises(ModelError, match="Linear: not a CLIP of an image and a text tower"):
+        as_openai(torch.nn.Linear(1, 1), None)
 
 
 def test_importing_it_loads_nothing_heavy():
