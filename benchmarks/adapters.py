@@ -49,7 +49,7 @@ ADAPTERS: dict[str, list[str]] = {
     "rslora": ["--model.adapter.variant", "rslora", *RSLORA],
     "pissa": ["--model.adapter.variant", "pissa", *LORA, *MATRICES],
     "layernorm": ["--model.adapter.kind", "layernorm", "--model.optimizer.lr", "1e-2"],
-    "bias": ["--model.adapter.kind", "bias", "--model.optimizer.lr", "1e-2"],
+    "bias": ["--model.adapter.kind", "bias", "--model.optimizer.lr", "1e-1"],
     "last": ["--model.adapter.kind", "last", "--model.optimizer.lr", "3e-3"],
     "probe": ["--model.adapter.kind", "probe", "--model.optimizer.lr", "3e-3"],
     "locked text tower": [*FULL, "--model.adapter.lock", "[text]"],

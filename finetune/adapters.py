@@ -12,7 +12,7 @@ a locked tower: LiT (2111.07991).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +224,24 @@ def merge(model: nn.Module) -> None:
             owner, _, attribute = name.rpartition(".")
             _exchange(model.get_submodule(owner), attribute, module.plain())
     join_attention(model)
+
+
+def scale_lora(model: nn.Module, alpha: Callable[[str], float]) -> None:
+    """Multiply the update of each LoRA layer, given its name, by a share: a CLIP between the start and this one.
+
+    Raises:
+        ModelError: the variant's update is not linear in its factors.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    config = lora_config(model)
+    if config is None or config.use_dora or config.init_lora_weights == "pissa":
+        raise ModelError(
+            "the interpolated CLIP is no LoRA of this kind: export it --to open_clip, or the end with --checkpoint last"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            module.lora_B["default"].weight.data.mul_(alpha(name))
 
 
 def lora_config(model: nn.Module) -> Any:

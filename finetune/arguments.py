@@ -22,7 +22,7 @@ class RunOptions:
     run: Path
     """Folder of a run (`out` of `finetune fit`), or a checkpoint file."""
     checkpoint: str = "best"
-    """best, last, or the path of a checkpoint."""
+    """best (the interpolated one, if there is), last, or the path of a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class EvaluateOptions:
     clip: ClipConfig | None = None
     """A CLIP as it is."""
     checkpoint: str = "best"
-    """Of the runs: best, last, or the path of a checkpoint."""
+    """Of the runs: best (the interpolated one, if there is), last, or the path of a checkpoint."""
     dataset: Path | None = None
     """A dataset whose split (and retain split) is a retrieval set."""
     split: Literal["train", "val", "test"] = "test"

@@ -5,12 +5,14 @@ It writes into the folder of the run:
     before.json       ranks of the untouched model, written before the first step; a resumed run compares with the same
     evaluation.json   {"before": {METRIC: {value, low, high, n}}, "after": …, "delta": {METRIC: {value, low, high}},
                       "facts": {…}}
+    interpolation.json  checkpoints/interpolated.ckpt  (finetune/interpolate.py)
     examples.json     the best images of a few captions, before and after (finetune/examples.py)
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,18 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.data import extract_batch_size
 
+from curate.clip import load_clip
 from curate.errors import InputError
 from curate.shards import read_index, write_text
-from finetune.config import DataConfig, EvaluateConfig
+from finetune import interpolate
+from finetune.config import DataConfig, EvaluateConfig, KeepConfig
 from finetune.evaluate import Evaluation, compare, evaluate_clip, metric_names
 from finetune.examples import examples
+from finetune.keep import TRADE_OFF, Goal
+from finetune.runs import INTERPOLATED
 from finetune.sets import evaluation_sets
+
+logger = logging.getLogger("cliptailor")
 
 
 class EvaluationCallback(lightning.Callback):
@@ -38,10 +46,14 @@ class EvaluationCallback(lightning.Callback):
         config: the sets.
         data: whose val and retain splits are always among them.
         out: folder of the run.
+        keep: how a CLIP is looked for that gained and has not forgotten; plays no part without `goal`.
+        goal: what is gained and kept; set before training. With it `trade_off`, its score, is logged too.
     """
 
-    def __init__(self, config: EvaluateConfig, data: DataConfig, out: Path) -> None:
+    def __init__(self, config: EvaluateConfig, data: DataConfig, out: Path, keep: KeepConfig | None = None) -> None:
         self.data, self.out = data, out
+        self.keep = keep or KeepConfig()
+        self.goal: Goal | None = None
         self.sets = evaluation_sets(config, data.dataset)
         self.seconds, self.samples = 0.0, 0
         self._mark = 0.0
@@ -85,6 +97,8 @@ class EvaluationCallback(lightning.Callback):
         if trainer.sanity_checking:
             return
         values = self.evaluate(pl_module, pl_module.device).values() if trainer.is_global_zero else {}
+        if values and self.goal:
+            values[TRADE_OFF] = self.goal.score(self._before().values(), values)
         # Every rank logs the same figure; their mean is that figure.
         pl_module.log_dict(trainer.strategy.broadcast(values), sync_dist=trainer.world_size > 1)
 
@@ -100,8 +114,44 @@ class EvaluationCallback(lightning.Callback):
         module.to("cpu")
         before = self._before()
         facts = self._facts(trainer, pl_module) | {"checkpoint": Path(best).name if best else "last"}
+        goal = self.goal if self.keep.interpolate else None
+        if goal and (chosen := self._interpolate(pl_module, goal, device, before, after)):
+            after, facts["checkpoint"] = chosen.evaluation, f"{INTERPOLATED} (α = {chosen.alpha})"
         write_text(self.out / "evaluation.json", json.dumps(compare(before, after, facts), indent=1))
         write_text(self.out / "examples.json", json.dumps(examples(self.sets, before, after)))
+
+    def _interpolate(
+        self,
+        module: Any,
+        goal: Goal,
+        device: torch.device,
+        before: Evaluation,
+        best: Evaluation,
+    ) -> interpolate.Point | None:
+        """Look between start and end for a CLIP with a better score than the best checkpoint's; save it if there is."""
+        start = load_clip(module.clip_config.name, module.clip_config.weights, device="cpu")
+        end = interpolate.plain_copy(module.clip)
+        end.model.to(device)
+        alphas = interpolate.grid(self.keep.interpolate, apart=self.keep.towers_apart)
+        logger.info("evaluating %d CLIPs from start to end", len(alphas) - 1)
+        size, known = self.data.eval_batch_size, {interpolate.START: before}
+        points = interpolate.sweep(start, end, alphas, self.sets, batch_size=size, known=known)
+        found, values = interpolate.choose(points, goal), before.values()
+        better = goal.score(values, found.evaluation.values()) > goal.score(values, best.values())
+        chosen = found if better and found.alpha != interpolate.END else None
+        if chosen:
+            path = self.out / "checkpoints" / INTERPOLATED
+            interpolate.save(path, start, end, chosen.alpha, dict(module.hparams))
+            if chosen.alpha == interpolate.START:
+                logger.warning(
+                    "every CLIP of this run lost more than keep.budget (%g) of %s, or gained nothing: what is exported "
+                    "is the one it started from. Try a smaller learning rate, data.replay, or --config retain",
+                    goal.budget,
+                    ", ".join(goal.keep),
+                )
+        told = interpolate.as_json(goal, points, chosen.alpha if chosen else None)
+        write_text(self.out / "interpolation.json", json.dumps(told, indent=1))
+        return chosen
 
     def _facts(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> dict[str, Any]:
         trained: Any = module  # a CLIPModule

@@ -19,10 +19,11 @@ from curate.errors import ConfigError, did_you_mean
 from curate.keys import shown
 from curate.shards import SPLITS, shard_folder, shards_of
 from finetune.config import WEIGHTS, ClipConfig, EvaluateConfig, FitConfig, TrainerConfig
+from finetune.keep import USUAL_GAIN, goal
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
-RETRIEVAL_METRICS = ("recall@1", "recall@5", "recall@10", "median_rank")
-ZERO_SHOT_METRICS = ("top1", "top5", "per_class_mean")
+RETRIEVAL_METRICS = ("recall@1", "recall@5", "recall@10", "median_rank", "map")
+ZERO_SHOT_METRICS = ("top1", "top5", "per_class_mean", "ece", "ece_fitted")
 
 
 def check(config: FitConfig) -> None:
@@ -82,6 +83,8 @@ BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.optimizer.weight_decay": ZERO_OR_MORE,
     "model.optimizer.betas": _share(one=False),
     "model.optimizer.eps": ABOVE_0,
+    "keep.budget": _share(one=False),
+    "keep.interpolate": ZERO_OR_MORE,
     "data.batch_size": _at_least(2),
     "data.eval_batch_size": _at_least(1),
     "data.num_workers": _at_least(0),
@@ -273,7 +276,10 @@ def _check_name(key: str, name: str) -> None:
 
 def _check_monitor(config: FitConfig) -> None:
     asked = config.evaluate.monitor
-    if asked is None or not shards_of(shard_folder(config.data.dataset)):
+    if not shards_of(shard_folder(config.data.dataset)):
+        return
+    goal(config.keep, asked or USUAL_GAIN, list(_metrics(config)))
+    if asked is None:
         return
     if not _has_split(config.data.dataset, "val"):
         raise ConfigError(

@@ -327,6 +327,28 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeepConfig:
+    """What the CLIP knew before, how much of it may be lost, and how a CLIP within that budget is looked for."""
+
+    metrics: list[str] | None = None
+    """Whose mean shows forgetting; null: retain/image_to_text/recall@1, or nothing if there is no retain split."""
+    budget: float = 0.01
+    """By how much that mean may fall: 0.01 is one point of a share. The best checkpoint is the one with the best
+    evaluate.monitor within the budget."""
+    interpolate: int = 10
+    """After training the CLIPs at so many equal steps from the start to the end (WiSE-FT) are evaluated too, and the
+    best within the budget is what is exported; 0: the checkpoints alone."""
+    towers_apart: bool = False
+    """Interpolate each tower on its own: (interpolate + 1)² CLIPs are evaluated."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.budget < 1:
+            raise ConfigError(f"keep.budget: expected a share, 0 to below 1, got {self.budget}")
+        if self.interpolate < 0:
+            raise ConfigError(f"keep.interpolate: expected 0 or more, got {self.interpolate}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """Everything `finetune fit` needs."""
 
@@ -340,3 +362,4 @@ class FitConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    keep: KeepConfig = field(default_factory=KeepConfig)

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from curate.errors import ModelError
 from curate.shards import atomic, write_text
-from finetune.runs import checkpoint_of, load_module, load_trained_clip
+from finetune.runs import INTERPOLATED, checkpoint_of, load_module, load_trained_clip
 
 if TYPE_CHECKING:
     import torch
@@ -51,13 +51,27 @@ def export(
     if format == "adapter":
         from finetune.adapters import save_adapter
 
-        save_adapter(load_module(path).model, to)
+        save_adapter(_adapted(path), to)
         return path
     clip = load_trained_clip(path, "cpu")
     write = write_transformers if format == "transformers" else write_open_clip
     write(clip, to)
     check_export(clip, to)
     return path
+
+
+def _adapted(checkpoint: Path) -> Any:
+    """The model with its LoRA; of an interpolated checkpoint the end's, scaled."""
+    if checkpoint.name != INTERPOLATED:
+        return load_module(checkpoint).model
+    from finetune.adapters import scale_lora
+    from finetune.interpolate import alpha_of
+
+    model = load_module(checkpoint.with_name("last.ckpt")).model
+    between = load_module(checkpoint).model
+    scale_lora(model, alpha_of(checkpoint.parent.parent).of)
+    model.logit_scale.data.copy_(between.logit_scale)
+    return model
 
 
 def write_open_clip(clip: Clip, to: Path) -> None:

@@ -33,6 +33,7 @@ from curate.errors import Busy, ConfigError, did_you_mean
 from curate.options import read_config
 from curate.shards import fingerprint, sweep, write_text
 from finetune.config import FitConfig
+from finetune.keep import LOWER_IS_BETTER, TRADE_OFF, USUAL_GAIN, Goal, goal
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -64,12 +65,12 @@ OURS = (
     "metrics.csv",
     "tensorboard",
     "before.json",
+    "interpolation.json",
     "evaluation.json",
     "examples.json",
     "report.html",
     "finished.json",
 )
-LOWER_IS_BETTER = ("val/loss", "median_rank", "ece", "ece_fitted")
 
 
 @dataclass(frozen=True)
@@ -320,9 +321,13 @@ def _callbacks(config: FitConfig, *, shown: bool) -> list[Any]:
     from finetune.loggers import ProgressLines
 
     folder = config.out / "checkpoints"
-    evaluation = EvaluationCallback(config.evaluate, config.data, config.out)
+    evaluation = EvaluationCallback(config.evaluate, config.data, config.out, config.keep)
     callbacks = [evaluation, RandomState(), RichProgressBar() if shown else ProgressLines()]
-    if monitor := _monitor(config, evaluation.metrics):
+    monitor = _monitor(config, evaluation.metrics)
+    evaluation.goal = _goal(config, monitor, evaluation.metrics)
+    if evaluation.goal:
+        monitor = TRADE_OFF
+    if monitor:
         best = ModelCheckpoint(
             folder,
             "best",
@@ -348,8 +353,7 @@ def _monitor(config: FitConfig, metrics: list[str]) -> str | None:
     known = [*metrics, "val/loss"]
     asked = config.evaluate.monitor
     if asked is None:
-        usual = "val/image_to_text/recall@1"
-        return usual if validated and usual in known else None
+        return USUAL_GAIN if validated and USUAL_GAIN in known else None
     if not validated:
         raise ConfigError(
             f"evaluate.monitor: {config.data.dataset} has no val split, so nothing is measured in training"
@@ -357,6 +361,14 @@ def _monitor(config: FitConfig, metrics: list[str]) -> str | None:
     if asked not in known:
         raise ConfigError(f"evaluate.monitor: nothing measures '{asked}'.{did_you_mean(asked, known)}")
     return asked
+
+
+def _goal(config: FitConfig, gain: str | None, metrics: list[str]) -> Goal | None:
+    """What is weighed against what; None from random weights, which know nothing that could be kept."""
+    clip = config.model.clip
+    if clip.weights is None and not clip.brings_weights:
+        return None
+    return goal(config.keep, gain, metrics)
 
 
 @contextmanager

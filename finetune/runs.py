@@ -13,6 +13,8 @@ from finetune.config import FitConfig
 if TYPE_CHECKING:
     from curate.clip import Clip
 
+INTERPOLATED = "interpolated.ckpt"  # written by finetune/interpolate.py
+
 
 def run_config(run: Path) -> FitConfig:
     """What the run was started with.
@@ -34,7 +36,8 @@ def checkpoint_of(run: Path, which: str = "best") -> Path:
 
     Args:
         run: folder of a run, or a checkpoint file itself.
-        which: `best` (the last, if none was monitored), `last`, or the path of a checkpoint.
+        which: `best` (what interpolation chose; else the best by the monitored metric; else the last), `last`, or the
+            path of a checkpoint.
 
     Raises:
         InputError: there is none.
@@ -47,7 +50,7 @@ def checkpoint_of(run: Path, which: str = "best") -> Path:
             raise InputError(f"--checkpoint {which}: no such file; expected best, last or the path of a checkpoint")
         return path
     folder = run / "checkpoints"
-    names = ("best.ckpt", "last.ckpt") if which == "best" else ("last.ckpt",)
+    names = (INTERPOLATED, "best.ckpt", "last.ckpt") if which == "best" else ("last.ckpt",)
     for name in names:
         if (folder / name).is_file():
             return folder / name

@@ -124,8 +124,18 @@ def _parts(model: nn.Module) -> list[Part]:
         count[2] += parameter.numel() if parameter.requires_grad else 0
     return [
         Part(tower=tower, part=part, parameters=own, adapter=added, trained=trained)
-        for (tower, part), (own, added, trained) in counts.items()
+        for (tower, part), (own, added, trained) in sorted(counts.items(), key=lambda item: _place(item[0], depths))
     ]
+
+
+def _place(tower_and_part: tuple[str, str], depths: Depths) -> tuple[int, int]:
+    """Image before text before neither; each from its stem to its head."""
+    tower, part = tower_and_part
+    blocks = depths.blocks.get(tower, [])
+    depth = {"stem": -1, "head": len(blocks)}.get(part)
+    if depth is None:
+        depth = blocks.index(part) if part in blocks else 0
+    return ("image", "text", "none").index(tower), depth
 
 
 def _part_name(name: str, tower: str | None, depths: Depths) -> str:

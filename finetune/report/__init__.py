@@ -62,6 +62,7 @@ def run(run: Path) -> Path:
     curves = read_curves(run / "metrics.csv")
     examples = _read(run / "examples.json", json.loads) if (run / "examples.json").exists() else {}
     values = _values(run, config, evaluation, curves)
+    values["interpolation"] = _interpolation(run / "interpolation.json")
     page = render(Path(__file__).parent, {**values, "examples": _pictures(examples)})
     if len(page.encode()) > MAX_BYTES:  # examples of a size that the evaluation never writes
         page = render(Path(__file__).parent, {**values, "examples": _pictures({})})
@@ -268,6 +269,42 @@ def _plots(curves: Mapping[str, list[tuple[float, float]]]) -> list[dict[str, An
         {"title": title, "chart": charts.lines(series, label=title), "names": list(series)}
         for title, series in sorted(groups.items(), key=lambda group: (group[0] != "Loss", group[0]))
     ]
+
+
+def _interpolation(path: Path) -> dict[str, Any] | None:
+    """The curve from start to end, of the towers together, and every point within the budget, the best first."""
+    if not path.exists():
+        return None
+    told = _read(path, json.loads)
+    goal, points = told["goal"], told["points"]
+    together = [point for point in points if point["image"] == point["text"]]
+    kept = goal["keep"][0] if len(goal["keep"]) == 1 else f"mean of {', '.join(goal['keep'])}"
+    series = {
+        goal["gain"]: [(point["image"], point["gain"]) for point in together],
+        kept: [(point["image"], point["keep"]) for point in together],
+    }
+    rows = [
+        {
+            "alpha": _alpha(point),
+            "gain": written(goal["gain"], point["gain"]),
+            "keep": written(goal["keep"][0], point["keep"]),
+            "within": point["within"],
+            "chosen": told["chosen"] == {tower: point[tower] for tower in ("image", "text")},
+        }
+        for point in points
+    ]
+    return {
+        "names": list(series),
+        "chart": charts.lines(series, label="Between start and end"),
+        "rows": rows,
+        "chosen": told["chosen"] and _alpha(told["chosen"]),
+        "budget": f"{100 * goal['budget']:g}",
+    }
+
+
+def _alpha(point: Mapping[str, float]) -> str:
+    image, text = point["image"], point["text"]
+    return f"{image:g}" if image == text else f"{image:g} image, {text:g} text"
 
 
 def _plot_of(column: str) -> str:

@@ -126,7 +126,7 @@ def test_a_wrong_yaml_file_is_one_line_with_the_nearest_key(content, message, tm
         (
             "fit --config nowhere.yaml",
             "--config nowhere.yaml: no such file, and no preset; presets: bias, demo_pretrain, few, full, large, last, "
-            "layernorm, lit, lora, medium, probe, scratch.",
+            "layernorm, lit, lora, medium, probe, retain, scratch.",
         ),
         ("fitt", "no command 'fitt'. Did you mean 'fit'?"),
         ("", "a command is needed; see --help"),
