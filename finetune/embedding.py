@@ -13,13 +13,16 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from open_clip import SimpleTokenizer
 from PIL import Image
 from torch import Tensor
 
 from curate.clip import Clip
 from curate.errors import ConfigError, InputError, UnwantedResult
+from curate.keys import shown
 from curate.shards import MemberReader, read_index, shard_folder, shards_of
 from finetune.evaluate import Encoder, pixel_batches
 from finetune.prompts import openai_imagenet_templates, zero_shot_classifier
@@ -132,8 +135,25 @@ def text_embeddings(clip: Clip, texts: Sequence[str], templates: Sequence[str], 
     if not texts or len(set(texts)) < len(texts):
         raise ConfigError("text: expected at least one, each once, such as 'a photo of a cat'")
     prompts = openai_imagenet_templates() if list(templates) == ["imagenet"] else list(templates) or ["{}"]
+
+    def embed(prompts: list[str]) -> Tensor:
+        _tell_what_is_cut(clip.tokenizer, prompts)
+        return _encoder(clip, batch_size).captions(prompts)
+
     with torch.inference_mode():
-        return zero_shot_classifier(_encoder(clip, batch_size).captions, list(texts), prompts)
+        return zero_shot_classifier(embed, list(texts), prompts)
+
+
+def _tell_what_is_cut(tokenizer: Any, texts: Sequence[str]) -> None:
+    """CLIP's BPE cuts without a word what is longer than the model reads; other tokenizers do not say."""
+    if not isinstance(tokenizer, SimpleTokenizer):
+        return
+    length = tokenizer.context_length
+    for text in texts:
+        if (tokens := len(tokenizer.encode(text)) + 2) > length:  # and its start and end
+            logger.warning(
+                "text: %s has %d tokens, of which this CLIP reads %d; say it shorter", shown(text), tokens, length
+            )
 
 
 def _encoder(clip: Clip, batch_size: int) -> Encoder:

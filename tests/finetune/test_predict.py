@@ -80,6 +80,18 @@ def test_with_templates_a_query_is_the_mean_of_its_prompts(clip, folder):
     assert torch.equal(imagenet.logits, spelled_out.logits)
 
 
+def test_a_text_that_is_cut_is_told(clip, folder, caplog):
+    pictures = find_pictures([folder / "red"])
+    fits, cut = "cat " * 14, "cat " * 15  # with start and end 16 and 17 tokens; the tiny CLIP reads 16
+    with caplog.at_level(logging.WARNING, "cliptailor"):
+        next(predict(clip, pictures, [fits, "red"]))
+        assert not caplog.records
+        next(predict(clip, pictures, [cut, "red"]))
+    assert [record.getMessage().partition(" has ")[2] for record in caplog.records] == [
+        "17 tokens, of which this CLIP reads 16; say it shorter"
+    ]
+
+
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
