@@ -55,7 +55,7 @@ ALONE = ["--data.replay", "0", "--keep.interpolate", "0"]
 OURS = {
     "full": ["--model.adapter.kind", "full", "--model.optimizer.lr", "1e-3", *ALONE],
     "lora": ALONE,
-    "retain": ["--data.replay", "0.75", "--model.loss.distill_feature", "1.0"],
+    "retain": ["--data.replay", "0.75", "--model.loss.distill_feature", "0.3"],
 }
 
 

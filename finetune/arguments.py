@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from curate.errors import ConfigError
+from curate.keys import shown
 from finetune.config import ClipConfig, EvaluateConfig
 
 
@@ -52,16 +55,21 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions:
-    """A CLIP, images and queries."""
+    """A CLIP, and what is asked of it; images, texts and templates are further flags."""
 
-    run: Path | None = None
-    """Folder of a run, or a checkpoint file."""
-    checkpoint: str = "best"
-    """Of the run: best (the interpolated one, if there is), last, or the path of a checkpoint."""
-    clip: ClipConfig | None = None
-    """Or a CLIP as it is."""
+    model: str
+    """OpenAI's name (ViT-B/32), ARCHITECTURE/TAG of open_clip, a file of OpenAI's, a folder of open_clip or
+    transformers, hf-hub:ID, a run, or one of its checkpoints."""
+    dataset: Path | None = None
+    """Search in this dataset, or folder of images, by --text or by --images."""
+    out: Path | None = None
+    """Write here: predictions to FILE.csv or FILE.parquet, a search to FILE.html, a page of thumbnails."""
+    embeddings: Path | None = None
+    """Write the embeddings of the images to this FILE.parquet, and predict nothing."""
     top: int = 3
     """Queries shown for each image in the table."""
+    best: int = 20
+    """Images found for each query of a search."""
     batch_size: int = 64
     """Images encoded at once."""
     device: str = "auto"
@@ -87,3 +95,41 @@ class ReportOptions:
 
     run: Path
     """Folder of a run (`out` of `finetune fit`)."""
+
+
+def check_predict(
+    options: PredictOptions, images: Sequence[Path], texts: Sequence[str], templates: Sequence[str]
+) -> None:
+    """Check what `finetune predict` is asked for.
+
+    Raises:
+        ConfigError: one line, beginning with the key.
+    """
+    for key in ("top", "best", "batch_size"):
+        if getattr(options, key) < 1:
+            raise ConfigError(f"{key}: expected at least 1, got {getattr(options, key)}")
+    if options.dataset and bool(images) == bool(texts):
+        raise ConfigError("dataset: search in it either by --text, or by --images")
+    if not options.dataset and not images:
+        raise ConfigError("predict: nothing to look at; give --images, or --dataset to search in")
+    if not options.dataset and bool(options.embeddings) == bool(texts):
+        raise ConfigError("predict: give either --text to choose among, or --embeddings FILE.parquet")
+    if options.embeddings and (options.dataset or options.out):
+        raise ConfigError(
+            "embeddings: they are written alone; leave out --dataset and --out (--images takes a dataset)"
+        )
+    if len(set(texts)) < len(texts):
+        raise ConfigError(f"text: {shown(next(text for text in texts if texts.count(text) > 1))} is there twice")
+    if templates and not texts:
+        raise ConfigError("templates: there is no --text to put into them")
+    if list(templates) != ["imagenet"] and (wrong := [text for text in templates if text.count("{}") != 1]):
+        raise ConfigError(
+            f"templates: {shown(wrong[0])} needs exactly one {{}}, where the text goes; or `imagenet` alone"
+        )
+    _check_ending("embeddings", options.embeddings, (".parquet",))
+    _check_ending("out", options.out, (".html",) if options.dataset else (".csv", ".parquet"))
+
+
+def _check_ending(key: str, path: Path | None, endings: tuple[str, ...]) -> None:
+    if path and path.suffix not in endings:
+        raise ConfigError(f"{key}: expected a file that ends in {' or '.join(endings)}, got {path}")

@@ -19,12 +19,21 @@ from jsonargparse import ArgumentParser, Namespace
 
 from curate.errors import CliptailorError, ConfigError
 from curate.options import add_config, as_config, located, new_parser, parse, with_presets
-from finetune.arguments import EvaluateOptions, ExportOptions, FiguresOptions, PredictOptions, ReportOptions
+from finetune.arguments import (
+    EvaluateOptions,
+    ExportOptions,
+    FiguresOptions,
+    PredictOptions,
+    ReportOptions,
+    check_predict,
+)
 from finetune.checks import check
 from finetune.config import ClipConfig, FitConfig
 
 if TYPE_CHECKING:
     from curate.clip import Clip
+    from finetune.embedding import Pictures
+    from finetune.search import Queries
     from finetune.sets import EvaluationSets
 
 HELP = {
@@ -59,9 +68,14 @@ HELP = {
               --evaluate.zero_shot.digits.images digits/ --evaluate.retrieval.flowers flowers/
         """,
     "predict": """
-        Probabilities of free-text queries for images: files, folders, or a dataset.
+        Probabilities of free texts for images, their embeddings, or search in a dataset by text or image.
 
-          finetune predict --run runs/domain --images shelf.jpg photos/ --queries "a full shelf" "an empty shelf"
+          finetune predict --model ViT-B/32 --images shelf.jpg photos/ --text "a full shelf" "an empty shelf"
+          finetune predict --model runs/domain --images photos/ --text full empty \\
+              --templates "a photo of a {} shelf." --out found.csv     # a row an image and text; or .parquet
+          finetune predict --model runs/domain --images photos/ --embeddings photos.parquet
+          finetune predict --model runs/domain --dataset dataset --text "an empty shelf" --out found.html
+          finetune predict --model runs/domain --dataset dataset --images shelf.jpg --out alike.html
         """,
     "export": """
         Write a run's CLIP for open_clip (local-dir:FOLDER), transformers or onnxruntime, or its LoRA alone for peft.
@@ -85,6 +99,7 @@ OPTIONS: dict[str, type] = {
     "export": ExportOptions,
     "report": ReportOptions,
 }
+TABLE_ROWS = 1_000  # that one may still look through
 AS_JSON = {"--json": "Print JSON instead of a table."}
 SWITCHES = {
     "fit": {
@@ -96,7 +111,7 @@ SWITCHES = {
     "test": AS_JSON,
     "evaluate": AS_JSON,
     "export": {"--overwrite": "Replace what is in the folder."},
-    "predict": {"--json": "Print JSON with all probabilities.", "--csv": "Print CSV with all probabilities."},
+    "predict": {"--json": "Print JSON instead of a table.", "--csv": "Print CSV instead of a table."},
 }
 USAGE = {"fit": "finetune fit --config FILE [--KEY VALUE …]"}
 
@@ -118,8 +133,11 @@ def build_parser() -> ArgumentParser:
                 "--run", nargs="+", type=Path, default=[], help="Folders of runs, or checkpoint files."
             )
         if name == "predict":
-            command.add_argument("--images", nargs="+", type=Path, required=True, help="Files, folders, or a dataset.")
-            command.add_argument("--queries", nargs="+", type=str, required=True, help="Texts to choose among.")
+            command.add_argument("--images", nargs="+", type=Path, default=[], help="Files, folders, or a dataset.")
+            command.add_argument("--text", nargs="+", type=str, default=[], help="Texts to choose among, or to find.")
+            command.add_argument(
+                "--templates", nargs="+", type=str, default=[], help="'a photo of a {}.' …, or imagenet: OpenAI's 80."
+            )
         commands.add_subcommand(name, command, help=text.strip().splitlines()[0])
     return parser
 
@@ -249,25 +267,66 @@ def _show_figures(summaries: dict[str, dict[str, dict[str, float]]], *, as_json:
 
 
 def predict(options: Namespace) -> None:
-    """Probabilities of queries for images."""
+    """Probabilities of texts for images; their embeddings; or the images of a dataset nearest to texts or images."""
     chosen = as_config(options, PredictOptions)
-    if bool(chosen.run) == bool(chosen.clip):
-        raise ConfigError("predict: give either --run, or --clip.name (and --clip.pretrained)")
-    from finetune.predict import find_images
+    images, texts, templates = options.images, options.text, options.templates
+    check_predict(chosen, images, texts, templates)
+    from finetune.embedding import find_pictures
+    from finetune.runs import load_named
+
+    pictures = find_pictures([chosen.dataset] if chosen.dataset else images)
+    form = "json" if options.get("json") else "csv" if options.get("csv") else "table"
+    if len(pictures) > TABLE_ROWS and form == "table" and not (chosen.dataset or chosen.out or chosen.embeddings):
+        raise ConfigError(f"out: {len(pictures):,} images are too many for a table; give FILE.csv or FILE.parquet")
+    clip = load_named(chosen.model, chosen.device)
+    if chosen.dataset:
+        from finetune import search
+
+        size = chosen.batch_size
+        queries = search.by_text(clip, texts, templates, size) if texts else search.by_image(clip, images, size)
+        _search(clip, chosen, pictures, queries, form)
+    elif chosen.embeddings:
+        from finetune.predict import write_embeddings
+
+        write_embeddings(clip, pictures, chosen.embeddings, batch_size=chosen.batch_size)
+    else:
+        _predict(clip, chosen, pictures, texts, templates, form)
+    if written := chosen.out or chosen.embeddings:
+        print(f"{len(pictures) - len(pictures.unreadable):,} images → {written}", file=sys.stderr)
+    pictures.check_all_read()
+
+
+def _predict(
+    clip: Clip, chosen: PredictOptions, pictures: Pictures, texts: list[str], templates: list[str], form: str
+) -> None:
     from finetune.predict import predict as run_predict
+    from finetune.predict import table_rows, write_csv, write_json, write_predictions
     from finetune.tables import prediction_table, show
 
-    images, names = find_images(options.images)
-    load = next(
-        iter(_clips(chosen.clip, [chosen.run] if chosen.run else [], chosen.checkpoint, chosen.device).values())
-    )
-    found = run_predict(load(), images, names, options.queries, batch_size=chosen.batch_size)
-    if options.get("json"):
-        print(found.to_json())
-    elif options.get("csv"):
-        print(found.to_csv(), end="")
+    found = run_predict(clip, pictures, texts, templates=templates, batch_size=chosen.batch_size)
+    if chosen.out:
+        write_predictions(found, chosen.out)
+    elif form == "json":
+        write_json(found, sys.stdout)
+    elif form == "csv":
+        write_csv(found, sys.stdout)
     else:
-        show(prediction_table(found.images, found.queries, found.probabilities.tolist(), chosen.top))
+        show(prediction_table(table_rows(found), min(chosen.top, len(texts))))
+
+
+def _search(clip: Clip, chosen: PredictOptions, pictures: Pictures, queries: Queries, form: str) -> None:
+    from finetune import search
+    from finetune.tables import search_table, show
+
+    found = search.search(clip, pictures, queries, chosen.best, chosen.batch_size)
+    if chosen.out:
+        search.write_page(found, pictures, queries, chosen.out, model=chosen.model, where=str(chosen.dataset))
+    if form == "json":
+        search.write_json(found, pictures, sys.stdout)
+    elif form == "csv":
+        search.write_csv(found, pictures, sys.stdout)
+    else:
+        show(search_table(search.rows(found, pictures)))
 
 
 def export(options: Namespace) -> None:

@@ -1,97 +1,152 @@
-"""Images + free-text queries → probabilities, as CLIP's own users make them.
+"""Images + free-text queries → probabilities, as CLIP's own users make them; and images → embeddings.
 
-The softmax over the queries of exp(logit_scale) · image · text (Radford et al. 2021, section 3.1.2).
+The softmax over the queries of exp(logit_scale) · image · text (Radford et al. 2021, section 3.1.2). With templates a
+query's text embedding is that of a zero-shot class (section 3.1.4).
 
-Letters: N images · Q queries.
+Everything is a stream of batches: a folder of any size is written to CSV or Parquet in the memory of a few batches.
+
+Letters: B images of a batch · Q queries · D embedding width.
 """
 
 from __future__ import annotations
 
 import csv
-import io
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
-import torch
+from torch import Tensor
 
 from curate.clip import Clip
-from curate.errors import ConfigError, InputError
-from curate.shards import MemberReader, read_index, shard_folder, shards_of
-from finetune.evaluate import Encoder
-from finetune.sets import FileImages, Images, TarImages, image_files
+from curate.shards import atomic
+from finetune.embedding import Pictures, embedded, text_embeddings
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+COLUMNS = ("image", "rank", "text", "logit", "probability")
+ROW_GROUP = 8_192  # rows of a Parquet file that are held at once, at least
 
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """Probabilities (N, Q), each row summing to 1, with the names of the images and the queries."""
+    """Logits (B, Q) and probabilities (B, Q), each row summing to 1, with the names of the images and the queries."""
 
     images: list[str]
-    queries: list[str]
-    probabilities: torch.Tensor
+    texts: list[str]
+    logits: Tensor
+    probabilities: Tensor
 
-    def to_json(self) -> str:
-        """A list with, for each image, its probabilities by query."""
-        rows = zip(self.images, self.probabilities.tolist(), strict=True)
-        return json.dumps(
-            [{"image": image, "probabilities": dict(zip(self.queries, row, strict=True))} for image, row in rows],
-            ensure_ascii=False,
-            indent=1,
-        )
-
-    def to_csv(self) -> str:
-        """A line an image, a column a query."""
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(["image", *self.queries])
-        table.writerows([image, *row] for image, row in zip(self.images, self.probabilities.tolist(), strict=True))
-        return text.getvalue()
+    def rows(self) -> Iterator[tuple[str, int, str, float, float]]:
+        """COLUMNS: for each image a row a query, the most probable first, with rank 1."""
+        order_BQ = self.logits.argsort(dim=1, descending=True, stable=True)
+        columns = (order_BQ.tolist(), self.logits.tolist(), self.probabilities.tolist())
+        for image, order, logits, probabilities in zip(self.images, *columns, strict=True):
+            for rank, query in enumerate(order, start=1):
+                yield image, rank, self.texts[query], logits[query], probabilities[query]
 
 
 def predict(
-    clip: Clip, images: Images, names: Sequence[str], queries: Sequence[str], *, batch_size: int
-) -> Predictions:
-    """Probabilities of the queries for each image.
+    clip: Clip, pictures: Pictures, texts: Sequence[str], *, templates: Sequence[str] = (), batch_size: int = 64
+) -> Iterator[Predictions]:
+    """Predictions of the readable images, a batch at a time.
 
     Args:
         clip: in eval mode.
-        images: what `find_images` found.
-        names: theirs.
-        queries: at least one; with one alone its probability is always 1, so give what it is not as well.
+        pictures: what `find_pictures` found.
+        texts: the queries; with one alone its probability is always 1, so give what it is not as well.
+        templates: as of `text_embeddings`.
         batch_size: images encoded at once.
 
     Raises:
-        ConfigError: no query, or one twice.
-        InputError: an image that cannot be read.
+        ConfigError: as `text_embeddings`.
     """
-    if not queries or len(set(queries)) < len(queries):
-        raise ConfigError("--queries: expected at least one text, each once, such as 'a photo of a cat'")
-    encoder = Encoder(clip.model, clip.preprocess, clip.tokenizer, clip.device, batch_size)
+    query_QD = text_embeddings(clip, texts, templates, batch_size)
     model: Any = clip.model
-    with torch.no_grad():
+    scale = model.logit_scale.detach().exp()
+    for numbers, image_BD in embedded(clip, pictures, batch_size):
         # SigLIP's logit_bias is the same for all queries: softmax does not see it.
-        logits_NQ = model.logit_scale.exp() * encoder.images(images) @ encoder.captions(list(queries)).T
-    return Predictions(list(names), list(queries), logits_NQ.softmax(dim=-1).cpu())
+        logits_BQ = (scale * image_BD @ query_QD.T).cpu()
+        yield Predictions([pictures.names[n] for n in numbers], list(texts), logits_BQ, logits_BQ.softmax(dim=-1))
 
 
-def find_images(paths: Sequence[Path]) -> tuple[Images, list[str]]:
-    """The images of files and folders, or of one dataset (all its splits), and their names: paths, or keys.
+def table_rows(batches: Iterable[Predictions]) -> Iterator[tuple[str, list[tuple[float, float, str]]]]:
+    """For each image its name and (probability, logit, text) of each query, the most probable first."""
+    for batch in batches:
+        rows = batch.rows()
+        for image in batch.images:
+            of_image = itertools.islice(rows, len(batch.texts))
+            yield image, [(probability, logit, text) for _, _, text, logit, probability in of_image]
 
-    Raises:
-        InputError: no such file, or no image found.
-    """
-    if len(paths) == 1 and paths[0].is_dir() and shards_of(shard_folder(paths[0])):
-        index = read_index(paths[0])
-        columns = ("tar", "image_offset", "image_size", "key")
-        places = list(zip(*(index.table[name].to_pylist() for name in columns), strict=True))
-        return TarImages(MemberReader(index.tars), places), [str(place[3]) for place in places]
-    found: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"{path}: no such file or folder")
-        found += image_files(path) if path.is_dir() else [path]
-    if not found:
-        raise InputError(f"{', '.join(map(str, paths))}: no image found; expected image files, or folders of them")
-    return FileImages(found), [str(path) for path in found]
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_predictions(batches: Iterable[Predictions], path: Path) -> None:
+    """Write COLUMNS to a CSV or Parquet file, atomically."""
+    if path.suffix == ".csv":
+        with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            write_csv(batches, file)
+        return
+    import pyarrow as pa
+
+    schema = pa.schema(zip(COLUMNS, (pa.string(), pa.int32(), pa.string(), pa.float32(), pa.float32()), strict=True))
+    _write_parquet((pa.table(list(zip(*batch.rows(), strict=True)), schema=schema) for batch in batches), schema, path)
+
+
+def write_csv(batches: Iterable[Predictions], file: IO[str]) -> None:
+    """COLUMNS as CSV."""
+    table = csv.writer(file, lineterminator="\n")
+    table.writerow(COLUMNS)
+    for batch in batches:
+        table.writerows(batch.rows())
+
+
+def write_json(batches: Iterable[Predictions], file: IO[str]) -> None:
+    """A list with, for each image, its logits and probabilities by query."""
+    between = "["
+    for batch in batches:
+        rows = zip(batch.images, batch.logits.tolist(), batch.probabilities.tolist(), strict=True)
+        for image, logits, probabilities in rows:
+            row = {
+                "image": image,
+                "logits": dict(zip(batch.texts, logits, strict=True)),
+                "probabilities": dict(zip(batch.texts, probabilities, strict=True)),
+            }
+            file.write(f"{between}\n{json.dumps(row, ensure_ascii=False)}")
+            between = ","
+    file.write("\n]\n" if between == "," else "[]\n")
+
+
+def write_embeddings(clip: Clip, pictures: Pictures, path: Path, *, batch_size: int) -> None:
+    """Write `image` and `embedding` (D float32, L2-normalised) of the readable images to Parquet, atomically."""
+    import pyarrow as pa
+
+    width = clip.embed_captions(["how wide?"]).shape[1]
+    schema = pa.schema([("image", pa.string()), ("embedding", pa.list_(pa.float32(), width))])
+
+    def tables() -> Iterator[pa.Table]:
+        for numbers, image_BD in embedded(clip, pictures, batch_size):
+            flat = pa.array(image_BD.cpu().numpy().ravel())
+            columns = [[pictures.names[n] for n in numbers], pa.FixedSizeListArray.from_arrays(flat, width)]
+            yield pa.table(columns, schema=schema)
+
+    _write_parquet(tables(), schema, path)
+
+
+def _write_parquet(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with atomic(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as file:
+        waiting: list[pa.Table] = []
+        for table in tables:
+            waiting.append(table)
+            if sum(map(len, waiting)) >= ROW_GROUP:
+                file.write_table(pa.concat_tables(waiting))
+                waiting = []
+        if waiting:
+            file.write_table(pa.concat_tables(waiting))

@@ -1,4 +1,4 @@
-"""The folder of a finished or interrupted run: its configuration, its checkpoints, its CLIP."""
+"""The folder of a finished or interrupted run: its configuration, its checkpoints, its CLIP; any CLIP by one word."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from curate.errors import InputError, ModelError
+from curate.errors import InputError, ModelError, did_you_mean
 from curate.options import read_config
 from finetune.config import FitConfig
 
@@ -83,3 +83,38 @@ def load_trained_clip(checkpoint: Path, device: str = "auto") -> Clip:
     clip.model = module.model.eval().to(choose_device(device))
     clip.name = str(checkpoint)
     return clip
+
+
+def load_named(name: str, device: str = "auto") -> Clip:
+    """Any trained CLIP by one word, as a plain open_clip model in eval mode.
+
+    Args:
+        name: the folder of a run (its best checkpoint) or a checkpoint; OpenAI's name (`ViT-B/32`); an architecture and
+            a tag of open_clip (`ViT-B-32/laion2b_s34b_b79k`); a file of OpenAI's; a folder of open_clip or transformers
+            (`local-dir:` before it or not); `hf-hub:ID`.
+        device: `auto` is cuda, else mps, else cpu.
+
+    Raises:
+        InputError: a run without a checkpoint.
+        ModelError: there is no such CLIP, or its weights cannot be had.
+    """
+    from curate.clip import OPENAI_NAMES, brings_weights, load, load_clip
+
+    path = Path(name)
+    if path.suffix == ".ckpt" or (path / "config.yaml").is_file():
+        return load_trained_clip(checkpoint_of(path), device)
+    if name in OPENAI_NAMES or brings_weights(name):
+        return load(name, device=device)
+    import open_clip
+
+    architecture, _, tag = name.rpartition("/")
+    known = open_clip.list_models()
+    if architecture in known:
+        return load_clip(architecture, tag, device=device)
+    if name in known:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none is published"
+        raise ModelError(f"{name}: which weights? Expected {name}/TAG; its tags: {tags}")
+    raise ModelError(
+        f"{name}: no such file, folder or CLIP with weights; expected a run, a file of OpenAI's, a folder of open_clip "
+        f"or transformers, ARCHITECTURE/TAG of open_clip, or one of OpenAI's names.{did_you_mean(name, OPENAI_NAMES)}"
+    )

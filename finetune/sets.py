@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from curate.errors import ConfigError, InputError, did_you_mean
 from curate.shards import (
@@ -66,7 +66,9 @@ def decode(content: bytes, where: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content)).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where}: not a readable image ({error}); remove it or build the dataset again") from error
+        # PIL's own words for bytes of no format are the address of our buffer.
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise InputError(f"{where}: not a readable image ({reason}); remove it or build the dataset again") from error
 
 
 @dataclass(frozen=True, slots=True)

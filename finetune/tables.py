@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 PIPE_WIDTH = 1_000  # a table takes what it needs
 Summary = Mapping[str, Mapping[str, float]]
@@ -70,15 +72,26 @@ def interval(metric: str, figure: Mapping[str, float], sign: str = "") -> str:
     return f"{value:{sign}.1f} % ({low:{sign}.1f} to {high:{sign}.1f})"
 
 
-def prediction_table(
-    images: Sequence[str], queries: Sequence[str], probabilities: Sequence[Sequence[float]], top: int
-) -> Table:
-    """One row an image: its `top` most probable queries."""
-    table = Table()
-    table.add_column("image", overflow="fold")
-    for place in range(1, min(top, len(queries)) + 1):
-        table.add_column(f"{place}.", overflow="fold")
-    for image, row in zip(images, probabilities, strict=True):
-        best = sorted(zip(row, queries, strict=True), key=lambda pair: -pair[0])[:top]
-        table.add_row(image, *(f"{probability:6.1%}  {query}" for probability, query in best))
+def prediction_table(images: Iterable[tuple[str, Iterable[tuple[float, float, str]]]], top: int) -> Table:
+    """One row an image: its `top` most probable queries.
+
+    Args:
+        images: name, and (probability, logit, query) of each query, the most probable first.
+        top: how many of them are shown.
+    """
+    table = Table("image", *(f"{place}." for place in range(1, top + 1)))
+    for image, queries in images:
+        best = itertools.islice(queries, top)
+        # Text, not str: a query or a file name may have brackets, which would be read as colours.
+        table.add_row(
+            Text(image), *(Text(f"{share:6.1%}  {query}  (logit {logit:.2f})") for share, logit, query in best)
+        )
+    return table
+
+
+def search_table(rows: Iterable[tuple[str, int, str, float, str]]) -> Table:
+    """One row a result: query, rank, image, similarity and caption."""
+    table = Table("query", "rank", "image", "similarity", "caption")
+    for query, rank, image, similarity, caption in rows:
+        table.add_row(Text(query), str(rank), Text(image), f"{similarity:.3f}", Text(caption))
     return table

@@ -30,6 +30,7 @@ tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
     "transformers": """
 from transformers import CLIPModel, CLIPProcessor
 model, processor = CLIPModel.from_pretrained("FOLDER"), CLIPProcessor.from_pretrained("FOLDER")
+# transformers 5 resizes with torchvision; the very pixels of training: CLIPImageProcessorPil.from_pretrained("FOLDER")
 """,
     "onnx": """
 import onnxruntime

@@ -12,7 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
+
+try:  # PIL's resize, which CLIP was trained with; transformers 5 resizes tensors by default: pixels off by one in 255
+    from transformers import CLIPImageProcessorPil as CLIPImageProcessor
+except ImportError:
+    from transformers import CLIPImageProcessor  # type: ignore[assignment]
 
 folder, given, out = sys.argv[1:]
 model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -132,7 +133,36 @@ def test_a_wrong_yaml_file_is_one_line_with_the_nearest_key(content, message, tm
         ("export --run runs/a", "--out is needed; see --help"),
         ("evaluate --clip.nam x", "clip: no key 'nam'. Did you mean 'name'?"),
         ("evaluate", "evaluate: nothing to evaluate on; give --dataset, --evaluate.retrieval or --evaluate.zero_shot"),
-        ("predict --images a.jpg --queries cat", "predict: give either --run, or --clip.name (and --clip.pretrained)"),
+        ("predict --images a.jpg --text cat", "--model is needed; see --help"),
+        ("predict --model m --text cat", "predict: nothing to look at; give --images, or --dataset to search in"),
+        (
+            "predict --model m --images a.jpg",
+            "predict: give either --text to choose among, or --embeddings FILE.parquet",
+        ),
+        ("predict --model m --images a.jpg --text cat cat", "text: 'cat' is there twice"),
+        ("predict --model m --dataset d", "dataset: search in it either by --text, or by --images"),
+        (
+            "predict --model m --images a.jpg --embeddings e.parquet --out o.csv",
+            "embeddings: they are written alone; leave out --dataset and --out (--images takes a dataset)",
+        ),
+        (
+            "predict --model m --images a.jpg --embeddings e.npy",
+            "embeddings: expected a file that ends in .parquet, got e.npy",
+        ),
+        (
+            "predict --model m --images a.jpg --text cat --out o.html",
+            "out: expected a file that ends in .csv or .parquet, got o.html",
+        ),
+        (
+            "predict --model m --dataset d --text cat --out o.csv",
+            "out: expected a file that ends in .html, got o.csv",
+        ),
+        ("predict --model m --images a.jpg --text cat --top 0", "top: expected at least 1, got 0"),
+        (
+            "predict --model m --images a.jpg --text cat --templates photo",
+            "templates: 'photo' needs exactly one {}, where the text goes; or `imagenet` alone",
+        ),
+        ("predict --model m --images nowhere.jpg --text cat", "nowhere.jpg: no such file or folder"),
         ("test --run nowhere", "nowhere: no config.yaml; expected the folder of a run (`out` of `finetune fit`)"),
     ],
 )
@@ -272,17 +302,51 @@ def test_export_then_predict_gives_the_same_probabilities_as_the_run(config, tmp
     assert main(["export", "--run", str(config.out), "--out", str(tmp_path / "clip")]) == 0
     assert f"local-dir:{tmp_path / 'clip'}" in capsys.readouterr().out
     images = str(config.evaluate.zero_shot["colours"].images)
-    rest = ["--images", images, "--queries", "red", "a blue circle", "--device", "cpu"]
-    assert main(["predict", "--run", str(config.out), *rest, "--csv"]) == 0
-    of_run = list(csv.reader(io.StringIO(capsys.readouterr().out)))
-    assert main(["predict", "--clip.name", f"local-dir:{tmp_path / 'clip'}", *rest, "--json"]) == 0
+    rest = ["--images", images, "--text", "red", "a blue circle", "--device", "cpu"]
+    assert main(["predict", "--model", str(config.out), *rest, "--csv"]) == 0
+    of_run = {(row["image"], row["text"]): row for row in csv.DictReader(io.StringIO(capsys.readouterr().out))}
+    assert main(["predict", "--model", str(tmp_path / "clip"), *rest, "--json"]) == 0
     of_export = json.loads(capsys.readouterr().out)
-    assert of_run[0] == ["image", "red", "a blue circle"]
-    assert [row[0] for row in of_run[1:]] == [row["image"] for row in of_export]
-    for row, exported in zip(of_run[1:], of_export, strict=True):
-        assert [float(cell) for cell in row[1:]] == pytest.approx(list(exported["probabilities"].values()), abs=1e-4)
-    assert main(["predict", "--run", str(config.out), *rest, "--top", "1"]) == 0
+    assert len(of_run) == 2 * len(of_export) == 32
+    for row in of_export:
+        for text, probability in row["probabilities"].items():
+            assert float(of_run[row["image"], text]["probability"]) == pytest.approx(probability, abs=1e-4)
+    assert main(["predict", "--model", str(config.out), *rest, "--top", "1"]) == 0
     assert re.search(r"\d+\.\d% +(red|a blue circle)", capsys.readouterr().out)
+
+
+def test_predict_writes_searches_and_tells_what_it_could_not_read(config, tmp_path, capsys):
+    images = config.evaluate.zero_shot["colours"].images
+    model = ["predict", "--model", str(config.out), "--device", "cpu"]
+    (tmp_path / "broken.jpg").write_text("x")
+    both = ["--images", str(images), str(tmp_path / "broken.jpg")]
+    assert main([*model, *both, "--text", "red", "blue", "--out", str(tmp_path / "found.csv")]) == 3
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert f"16 images → {tmp_path / 'found.csv'}" in told.err
+    assert "finetune: 1 of 17 images could not be read, each named above; the result is of the others" in told.err
+    assert len((tmp_path / "found.csv").read_text().splitlines()) == 1 + 16 * 2
+    assert main([*model, "--images", str(images), "--embeddings", str(tmp_path / "e.parquet")]) == 0
+    assert pq.read_metadata(tmp_path / "e.parquet").num_rows == 16
+    search = [*model, "--dataset", str(config.data.dataset)]
+    page = tmp_path / "found.html"
+    assert main([*search, "--text", "red", "--templates", "a {} circle", "--best", "4", "--out", str(page)]) == 0
+    assert page.read_text(encoding="utf-8").count("<figure") == 4
+    query = str(images / "red" / "0.png")
+    capsys.readouterr()
+    assert main([*search, "--images", query, "--best", "2", "--csv"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith(f"{query},1,")
+    assert main([*search, "--text", "red", "--best", "2", "--json"]) == 0
+    assert [row["rank"] for row in json.loads(capsys.readouterr().out)] == [1, 2]
+    assert main([*search, "--text", "red", "--best", "2"]) == 0
+    assert "similarity" in capsys.readouterr().out
+
+
+def test_a_table_of_a_large_folder_is_refused_before_the_model_is_loaded(tmp_path, capsys):
+    for number in range(1_001):
+        (tmp_path / f"{number}.jpg").touch()
+    refusal = refused(capsys, "predict", "--model", "nowhere", "--images", str(tmp_path), "--text", "a", "b")
+    assert refusal == "out: 1,001 images are too many for a table; give FILE.csv or FILE.parquet"
 
 
 def test_report_writes_the_report_again(config, capsys):

@@ -21,11 +21,12 @@ from curate.errors import ConfigError, InputError
 from curate.shards import ShardWriter
 from finetune.callback import EvaluationCallback
 from finetune.config import AdapterConfig, DataConfig, EvaluateConfig, ZeroShotConfig
+from finetune.embedding import find_pictures
 from finetune.evaluate import Evaluation, Ranking, compare, evaluate_clip, metric_names
 from finetune.examples import examples
 from finetune.fit import fit
 from finetune.module import CLIPModule
-from finetune.predict import find_images, predict
+from finetune.predict import predict
 from finetune.runs import checkpoint_of, load_module
 from finetune.sets import dataset_sets, evaluation_sets, zero_shot_set
 from tests.finetune import tiny
@@ -173,9 +174,8 @@ def test_calibration_is_that_of_the_probabilities_a_user_sees(clip, folder):
     clip.model.logit_scale.data.fill_(math.log(30))
     sets = evaluation_sets(EvaluateConfig(zero_shot={"colours": ZeroShotConfig(images=folder)}))
     ranking = run(clip, sets).rankings["zero_shot/colours"]
-    images, names = find_images([folder])
     queries = [f"a photo of a {name}." for name in sets.zero_shot[0].classes]
-    seen = predict(clip, images, names, queries, batch_size=3).probabilities
+    seen = torch.cat([batch.probabilities for batch in predict(clip, find_pictures([folder]), queries, batch_size=3)])
     assert ranking.confidence == pytest.approx(seen.max(1).values.tolist(), abs=1e-5)
     assert ranking.predicted == seen.argmax(1).tolist()
 

@@ -225,7 +225,7 @@ def test_importing_the_package_loads_no_torch():
     code = """
         import sys, finetune
         assert not {"torch", "lightning", "open_clip"} & set(sys.modules)
-        assert set(finetune.__all__) == {"CLIPModule", "CLIPDataModule"}
+        assert {"CLIPModule", "CLIPDataModule"} <= set(finetune.__all__)
         try:
             finetune.nothing
         except AttributeError as error:

@@ -118,7 +118,7 @@ def test_an_export_is_loaded_by_transformers_and_by_us(tmp_path, activation):
         for parameter in clip.model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
     write_transformers(clip, tmp_path / "after")
-    check_export(clip, tmp_path / "after")
+    check_export(clip, tmp_path / "after", "transformers")
     model, info = CLIPModel.from_pretrained(tmp_path / "after", output_loading_info=True)
     assert not any(info.values()), info
     check(clip, model.eval())
