@@ -31,12 +31,19 @@ from tests.hostile.test_politeness import by_host, most_at_once, most_in
 REPOSITORY = Path(__file__).parents[2]
 IMAGES = 180
 PER_HOST, RATE = 5, 16.0
-SLOW_SIGNAL = """
+# Each worker stops in the middle of a shard, and says so, until it may go on.
+HELD_SIGNAL = """
+import os
 import time
+from pathlib import Path
+
+FOLDER = Path({folder!r})
 
 def lengths(batch):
-    time.sleep(0.25)
-    return {"size": [len(image) for image in batch["image"].to_pylist()]}
+    (FOLDER / f"held-{{os.getpid()}}").touch()
+    while not (FOLDER / "go").exists():
+        time.sleep(0.02)
+    return {{"size": [len(image) for image in batch["image"].to_pylist()]}}
 """
 
 
@@ -168,14 +175,17 @@ def test_a_second_run_finds_all_of_it_done(builds, nodes):
 def test_measuring_goes_on_when_a_node_is_killed(builds, nodes):
     """The signal is the user's own; its module lies in the folder of the call, which the nodes share."""
     folder = builds[0]
-    (folder / "my_signals.py").write_text(SLOW_SIGNAL)
+    (folder / "my_signals.py").write_text(HELD_SIGNAL.format(folder=str(folder)))
     signal_ = {"name": "lengths", "function": "my_signals:lengths", "columns": {"size": "BIGINT"}}
     (folder / "own.yaml").write_text(yaml.safe_dump({"measure": {"signals": [signal_], "text": False}}))
     words = ["measure", "--config", "own.yaml", "--out"]
     running = curate(*words, "ray", "--executor", "ray", folder=folder, environment=nodes.environment)
-    there = folder / "ray" / "signals" / "lengths"
-    assert eventually(lambda: len(list(there.glob("*.parquet"))) >= 3 or running.poll() is not None, 60)
+    assert eventually(lambda: len(list(folder.glob("held-*"))) == 2, 60)
+    held = [int(path.name.removeprefix("held-")) for path in folder.glob("held-*")]
     nodes.kill_node()
+    # A worker outlives its raylet a little, and could do all that is left.
+    assert eventually(lambda: sum(alive(pid) for pid in held) == 1, 60)
+    (folder / "go").touch()
     said = finished(running)[1]
     nodes.add_node()
     assert "a worker on node 127.0.0.1 is gone" in said
