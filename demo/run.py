@@ -70,7 +70,7 @@ def _build(web: Web) -> None:
         "2 Pretrain a small CLIP on it, from scratch",
         ["finetune", "fit", "--config", "configs/finetune/demo_pretrain.yaml"],
     )
-    _step("", ["finetune", "export", "--run", str(RUN / "pretrain"), "--out", str(RUN / "pretrained")])
+    _step("", ["finetune", "export", "--overwrite", "--run", str(RUN / "pretrain"), "--out", str(RUN / "pretrained")])
     _step(
         "3 A crawl, most of it junk: select the domain", [*domain, "--urls", str(RUN / "lists/domain.parquet"), allow]
     )
