@@ -14,8 +14,9 @@ from curate.errors import ConfigError
 
 PROJECTIONS = ("q", "k", "v", "out", "fc", "proj", "projection", "conv", "pool")
 TOWERS = ("image", "text")
+SHARDED = "fsdp2"  # trainer.strategy
 WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")  # of files whose architecture is read from their shapes
-Precision = Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true"]
+Precision = Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true"]
 # Arguments of lightning.Trainer that are no keys here: what stands in their place.
 NOT_TRAINER_KEYS = {
     "default_root_dir": "everything is written into `out`",
@@ -54,9 +55,12 @@ class TrainerConfig:
     num_nodes: int = 1
     """Machines."""
     strategy: str = "auto"
-    """auto (ddp where there are several devices) or ddp: every device holds all weights."""
-    precision: Precision = "32-true"
-    """bf16-mixed for a recent GPU, 16-mixed for an older one."""
+    """auto (ddp where there are several devices), ddp: every device holds all weights, or fsdp2: each holds a part of
+    them, of their gradients and of AdamW's moments, for towers that do not fit on one."""
+    precision: Precision = "auto"
+    """auto: bf16-mixed on a CUDA GPU that has bfloat16, else 32-true. 16-mixed has a loss scaler: for an older GPU."""
+    tf32: bool = True
+    """On a CUDA GPU multiply matrices of float32 in TensorFloat-32: several times faster, ten bits of mantissa."""
     max_epochs: int | None = None
     """Passes over the training samples; the run ends at max_epochs or max_steps, whichever comes first."""
     max_steps: int = -1
@@ -94,9 +98,8 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if (self.max_epochs or 0) < 1 and self.max_steps < 1:
             raise ConfigError("trainer: needs max_epochs or max_steps of at least 1")
-        if self.strategy != "auto" and not self.strategy.startswith("ddp"):
-            # Sharded weights would leave rank 0, which evaluates alone, waiting for the others for ever.
-            raise ConfigError(f"trainer.strategy: expected auto or ddp, got '{self.strategy}'")
+        if self.strategy not in ("auto", SHARDED) and not self.strategy.startswith("ddp"):
+            raise ConfigError(f"trainer.strategy: expected auto, ddp or {SHARDED}, got '{self.strategy}'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +250,9 @@ class OptimizerConfig:
     """For matrices; none for biases, norms, embeddings and logit_scale."""
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
+    ema: float | None = None
+    """Keep an average of the weights too, in which the past fades by this share a step (0.999): it is what is
+    evaluated, saved and exported."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
@@ -264,11 +270,27 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How a step is computed: what it needs of memory and time."""
+
+    micro_batch_size: int | None = None
+    """Pairs that go through the towers at once, of a batch that is contrasted as a whole (cached gradients): the memory
+    of so many, the gradient of data.batch_size, for about a third more time. null: all at once."""
+    gradient_checkpointing: bool = False
+    """Keep of each transformer block its input alone, and compute the rest again for the gradient."""
+    compile: bool = False
+    """Compile the towers (torch.compile): minutes to start, then faster on a GPU."""
+    patch_dropout: float = 0.0
+    """Share of the image patches that a ViT leaves out in training (FLIP: 0.5 for a step of half the time)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     clip: ClipConfig = field(default_factory=ClipConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
         key = self.loss.holds_to_start

@@ -32,7 +32,7 @@ from curate.clip import weights_fingerprint
 from curate.errors import Busy, ConfigError, did_you_mean
 from curate.options import read_config
 from curate.shards import fingerprint, sweep, write_text
-from finetune.config import FitConfig
+from finetune.config import FitConfig, TrainerConfig
 from finetune.keep import LOWER_IS_BETTER, TRADE_OFF, USUAL_GAIN, Goal, goal
 
 if TYPE_CHECKING:
@@ -270,7 +270,7 @@ def _prepare(config: FitConfig) -> tuple[CLIPModule, CLIPDataModule, Trainer]:
 
     lightning.seed_everything(config.seed_everything, verbose=False)
     model = config.model
-    module = CLIPModule(model.clip, model.adapter, model.loss, model.optimizer)
+    module = CLIPModule(model.clip, model.adapter, model.loss, model.optimizer, model.compute)
     return module, CLIPDataModule(config.data, seed=config.seed_everything), _trainer(config)
 
 
@@ -281,15 +281,32 @@ def _plan(config: FitConfig, module: CLIPModule, data: CLIPDataModule, trainer: 
     return make_plan(config, module, data, trainer)
 
 
+def _on_cuda(config: TrainerConfig) -> bool:
+    import torch
+
+    return config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
+def _precision(config: TrainerConfig) -> str:
+    import torch
+
+    if config.precision != "auto":
+        return config.precision
+    return "bf16-mixed" if _on_cuda(config) and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+
+
 def _trainer(config: FitConfig) -> Trainer:
     import lightning
+    import torch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from finetune.checkpoints import AtomicCheckpointIO
     from finetune.loggers import MetricsFile
 
-    given = asdict(config.trainer)
+    given = asdict(config.trainer) | {"precision": _precision(config.trainer)}
+    if given.pop("tf32") and _on_cuda(config.trainer):
+        torch.set_float32_matmul_precision("high")
     if isinstance(config.trainer.val_check_interval, int):
         # Else Lightning counts steps anew in each epoch, and refuses an interval longer than one.
         given["check_val_every_n_epoch"] = None

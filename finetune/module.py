@@ -15,7 +15,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,9 +27,10 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from curate.clip import Clip, load_clip
-from curate.errors import ConfigError
+from curate.errors import ConfigError, ModelError
 from finetune.adapters import adapt, hold_still, is_locked
-from finetune.config import AdapterConfig, ClipConfig, LossConfig, ModelConfig, OptimizerConfig
+from finetune.compute import has_trained_statistics, in_parts, prepare
+from finetune.config import AdapterConfig, ClipConfig, ComputeConfig, LossConfig, ModelConfig, OptimizerConfig
 from finetune.losses import (
     contrastive_loss,
     feature_distance,
@@ -46,7 +47,7 @@ from finetune.start import Start, evaluating
 Batch = dict[str, Tensor]
 Pair = tuple[Tensor, Tensor]
 """Embeddings (B, D) of images and of their captions, L2-normalised."""
-Config = TypeVar("Config", ClipConfig, AdapterConfig, LossConfig, OptimizerConfig)
+Config = TypeVar("Config", ClipConfig, AdapterConfig, LossConfig, OptimizerConfig, ComputeConfig)
 # Where SigLIP begins (arXiv 2303.15343, algorithm 1): at these, random embeddings make few yeses, as is right.
 SIGMOID_FACTOR, SIGMOID_BIAS = 10.0, -10.0
 
@@ -59,6 +60,7 @@ class CLIPModule(lightning.LightningModule):
         adapter: what of it is trained.
         loss: of the batch.
         optimizer: AdamW and its schedule.
+        compute: how a step is computed.
         architecture: how to build the model without weights, for a checkpoint to bring them: name, `model_cfg` and
             `preprocess_cfg`. Checkpoints have it among their hyperparameters; do not give it otherwise.
 
@@ -69,7 +71,7 @@ class CLIPModule(lightning.LightningModule):
 
     Raises:
         ConfigError: the loss holds it to random weights.
-        ModelError: the CLIP cannot be had, or has no layer that the adapter names.
+        ModelError: the CLIP cannot be had, has no layer that the adapter names, or cannot be computed so.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class CLIPModule(lightning.LightningModule):
         adapter: AdapterConfig | dict[str, Any] | None = None,
         loss: LossConfig | dict[str, Any] | None = None,
         optimizer: OptimizerConfig | dict[str, Any] | None = None,
+        compute: ComputeConfig | dict[str, Any] | None = None,
         architecture: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -86,14 +89,22 @@ class CLIPModule(lightning.LightningModule):
             adapter=_config(AdapterConfig, adapter),
             loss=_config(LossConfig, loss),
             optimizer=_config(OptimizerConfig, optimizer),
+            compute=_config(ComputeConfig, compute),
         )
         self.clip_config, self.adapter = config.clip, config.adapter
         self.loss, self.optimizer = config.loss, config.optimizer
+        # What a checkpoint brings back is mostly evaluated or exported: not worth minutes of compiling.
+        self.compute = replace(config.compute, compile=False) if architecture else config.compute
         self.clip = _rebuild(architecture) if architecture else _start(self.clip_config)
         self.model: Any = self.clip.model
         self._prepare()
         self.save_hyperparameters(asdict(config) | {"architecture": architecture or _architecture(self.clip)})
         self.train()
+        if self.compute.micro_batch_size and has_trained_statistics(self.model):
+            raise ModelError(
+                "model.compute.micro_batch_size: from random weights this CLIP's BatchNorm learns the statistics of "
+                "whole batches; set it to null, or start from pretrained weights, whose statistics stay"
+            )
 
     def _prepare(self) -> None:
         """Make of the CLIP what is trained, and keep what it is held to."""
@@ -102,6 +113,7 @@ class CLIPModule(lightning.LightningModule):
             _give_bias(self.clip)
             factor = factor or SIGMOID_FACTOR
         adapt(self.model, self.adapter)
+        prepare(self.model, self.compute)
         if self.is_sigmoid:
             self.model.logit_bias.requires_grad_(self.adapter.train_logit_scale)
         self.start = Start(self.model) if self.loss.holds_to_start else None
@@ -132,12 +144,16 @@ class CLIPModule(lightning.LightningModule):
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Embeddings (B, D) of pixels (B, 3, H, W), L2-normalised, at least float32."""
         with self._gradient("image"):
-            return _normalised(self.model.encode_image(pixels))
+            return in_parts(
+                lambda part: _normalised(self.model.encode_image(part)), pixels, self.compute.micro_batch_size
+            )
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Embeddings (B, D) of token ids (B, L), L2-normalised, at least float32."""
         with self._gradient("text"):
-            return _normalised(self.model.encode_text(tokens))
+            return in_parts(
+                lambda part: _normalised(self.model.encode_text(part)), tokens, self.compute.micro_batch_size
+            )
 
     def _gradient(self, tower: str) -> AbstractContextManager[None]:
         return torch.set_grad_enabled(torch.is_grad_enabled() and not is_locked(self.model, tower))

@@ -1,0 +1,88 @@
+"""How the towers are computed: a batch in parts (cached gradients), blocks twice, compiled, without some patches.
+
+Cached gradients (GradCache, arXiv 2101.06983) let a contrast see more pairs than fit through the towers at once. All
+parts are embedded without keeping what their backward pass would need, the loss is taken over all embeddings, and then
+each part is embedded again and its share of the gradient sent back. Torch's own checkpointing does it here, a part at a
+time: it replays random numbers and autocast; and because a parameter's gradient is complete only after all parts, DDP
+exchanges it once, and clipping and a loss scaler see it whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from curate.errors import ModelError
+from finetune.adapters import is_locked
+from finetune.config import ComputeConfig
+
+
+def in_parts(encode: Callable[[Tensor], Tensor], inputs: Tensor, size: int | None) -> Tensor:
+    """`encode(inputs)` (B, …) → (B, D), its backward pass with the memory of `size` rows; None: of all.
+
+    Each row must be encoded independently of the others, but for random numbers: they are drawn part by part, and
+    drawn again alike for the backward pass.
+    """
+    if size is None or len(inputs) <= size:
+        return encode(inputs)
+    parts = inputs.split(size)
+    if not torch.is_grad_enabled():
+        return torch.cat([encode(part) for part in parts])
+    return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in parts])
+
+
+def prepare(model: nn.Module, config: ComputeConfig) -> None:
+    """Make an adapted open_clip model, in place, compute as configured.
+
+    Raises:
+        ModelError: a tower cannot be computed so.
+    """
+    towers = {"image": model.visual, "text": getattr(model, "text", model)}
+    trained = {name: tower for name, tower in towers.items() if not is_locked(model, name)}
+    if config.gradient_checkpointing:
+        for name, tower in trained.items():
+            _checkpoint_blocks(name, tower)
+    if config.patch_dropout:
+        _drop_patches(trained.get("image"), config.patch_dropout)
+    if config.compile:
+        for tower in towers.values():
+            # A CLIP whose text tower is not a module of its own embeds tokens itself: its transformer alone then.
+            part = tower.transformer if tower is model else tower
+            part.compile()  # type: ignore[operator]
+
+
+def has_trained_statistics(model: nn.Module) -> bool:
+    """Whether a BatchNorm is in training mode: its statistics are those of whatever goes through it at once."""
+    return any(isinstance(module, _BatchNorm) and module.training for module in model.modules())
+
+
+def _checkpoint_blocks(name: str, tower: Any) -> None:
+    blocks = getattr(tower, "transformer", None)
+    if hasattr(blocks, "grad_checkpointing"):
+        blocks.grad_checkpointing = True
+    elif hasattr(getattr(tower, "trunk", None), "set_grad_checkpointing"):
+        tower.set_grad_checkpointing(True)
+    else:
+        raise ModelError(
+            f"model.compute.gradient_checkpointing: the {name} tower has no transformer blocks; "
+            "model.compute.micro_batch_size saves memory with every tower"
+        )
+
+
+def _drop_patches(visual: Any, share: float) -> None:
+    from open_clip.transformer import PatchDropout
+
+    if visual is None:
+        raise ModelError(
+            "model.compute.patch_dropout: the image tower is not trained, and sees all patches; set it to 0"
+        )
+    if not hasattr(visual, "patch_dropout"):
+        raise ModelError(
+            "model.compute.patch_dropout: this CLIP's image tower is no ViT of open_clip's own kind; set it to 0"
+        )
+    visual.patch_dropout = PatchDropout(share)
