@@ -5,6 +5,7 @@
     ├── InputError            2   a list, image folder or dataset that cannot be read as what it should be
     ├── ModelError            2   a CLIP that cannot be found or loaded, or does not fit what is asked of it
     ├── UnwantedResult        3   the run ended, but not with what was asked for: nothing kept, an outage
+    ├── Diverged              3   a training run whose numbers are none any more
     ├── UnwritableDisk        1   the disk is full, or a limit of the system is reached
     ├── Outage               69   nothing could be reached for fetch.outage_s; what was not done stays to be done
     └── Busy                 75   another run holds this folder
@@ -45,6 +46,12 @@ class ModelError(CliptailorError):
 
 class UnwantedResult(CliptailorError):
     """The run ended, but the result is not what was asked for."""
+
+    exit_status = 3
+
+
+class Diverged(CliptailorError):
+    """Training has made numbers that are none: infinite, or not a number."""
 
     exit_status = 3
 

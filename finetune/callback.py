@@ -30,6 +30,7 @@ from finetune.config import DataConfig, EvaluateConfig, KeepConfig
 from finetune.evaluate import Evaluation, compare, evaluate_clip, metric_names
 from finetune.examples import examples
 from finetune.keep import TRADE_OFF, Goal
+from finetune.module import CLIPModule
 from finetune.runs import INTERPOLATED
 from finetune.sets import evaluation_sets
 
@@ -76,15 +77,24 @@ class EvaluationCallback(lightning.Callback):
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Evaluate the untouched model into before.json; a resumed run has it already."""
-        if trainer.is_global_zero:
-            if not trainer.ckpt_path:
-                write_text(self.out / "before.json", self.evaluate(pl_module, pl_module.device).to_json())
-            elif self._before().sets != self.sets.fingerprint:
-                raise InputError(
-                    f"{self.out / 'before.json'}: made on other evaluation samples than there are now; "
-                    "restore them, or start again in another `out`"
-                )
+        # Sharded weights are restored later than this; then the file tells that there is something to restore.
+        resumed = trainer.ckpt_path or (pl_module.is_sharded and (self.out / "before.json").is_file())
+        if not resumed:
+            if before := self._evaluate_together(trainer, pl_module):
+                write_text(self.out / "before.json", before.to_json())
+        elif trainer.is_global_zero and self._before().sets != self.sets.fingerprint:
+            raise InputError(
+                f"{self.out / 'before.json'}: made on other evaluation samples than there are now; "
+                "restore them, or start again in another `out`"
+            )
         trainer.strategy.barrier("before")
+
+    def _evaluate_together(self, trainer: lightning.Trainer, module: Any) -> Evaluation | None:
+        """Rank 0's evaluation; the others get None, and take part only where each has but a part of the weights."""
+        if not (trainer.is_global_zero or module.is_sharded):
+            return None
+        found = self.evaluate(module, module.device)
+        return found if trainer.is_global_zero else None
 
     def _before(self) -> Evaluation:
         path = self.out / "before.json"
@@ -96,7 +106,8 @@ class EvaluationCallback(lightning.Callback):
         """Evaluate and log."""
         if trainer.sanity_checking:
             return
-        values = self.evaluate(pl_module, pl_module.device).values() if trainer.is_global_zero else {}
+        found = self._evaluate_together(trainer, pl_module)
+        values = found.values() if found else {}
         if values and self.goal:
             values[TRADE_OFF] = self.goal.score(self._before().values(), values)
         # Every rank logs the same figure; their mean is that figure.
@@ -107,7 +118,10 @@ class EvaluationCallback(lightning.Callback):
         if not trainer.is_global_zero:
             return
         best = best_checkpoint(trainer)
-        module: Any = type(pl_module).load_from_checkpoint(best, map_location="cpu") if best else pl_module
+        end: Any = pl_module
+        if end.is_sharded:
+            end = CLIPModule.load_from_checkpoint(self.out / "checkpoints" / "last.ckpt", map_location="cpu")
+        module: Any = CLIPModule.load_from_checkpoint(best, map_location="cpu") if best else end
         # Lightning has moved the model to the CPU by now.
         device = trainer.strategy.root_device
         after = self.evaluate(module.to(device), device)
@@ -115,7 +129,7 @@ class EvaluationCallback(lightning.Callback):
         before = self._before()
         facts = self._facts(trainer, pl_module) | {"checkpoint": Path(best).name if best else "last"}
         goal = self.goal if self.keep.interpolate else None
-        if goal and (chosen := self._interpolate(pl_module, goal, device, before, after)):
+        if goal and (chosen := self._interpolate(end, goal, device, before, after)):
             after, facts["checkpoint"] = chosen.evaluation, f"{INTERPOLATED} (α = {chosen.alpha})"
         write_text(self.out / "evaluation.json", json.dumps(compare(before, after, facts), indent=1))
         write_text(self.out / "examples.json", json.dumps(examples(self.sets, before, after)))

@@ -18,7 +18,7 @@ from typing import Any
 from curate.errors import ConfigError, did_you_mean
 from curate.keys import shown
 from curate.shards import SPLITS, shard_folder, shards_of
-from finetune.config import WEIGHTS, ClipConfig, EvaluateConfig, FitConfig, TrainerConfig
+from finetune.config import SHARDED, WEIGHTS, ClipConfig, EvaluateConfig, FitConfig, TrainerConfig
 from finetune.keep import USUAL_GAIN, goal
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
@@ -34,6 +34,7 @@ def check(config: FitConfig) -> None:
     """
     _check_bounds(config)
     _check_trainer(config.trainer)
+    _check_sharding(config)
     _check_clip(config.model.clip)
     _check_data(config)
     _check_evaluation(config.evaluate)
@@ -153,6 +154,19 @@ def _check_trainer(config: TrainerConfig) -> None:
         )
     if config.max_time is not None and not re.fullmatch(r"\d+:\d{2}:\d{2}:\d{2}", config.max_time):
         raise ConfigError(f"trainer.max_time: expected DAYS:HH:MM:SS, such as 00:11:30:00, got '{config.max_time}'")
+
+
+def _check_sharding(config: FitConfig) -> None:
+    """What needs all weights in each process does not go with parts of them."""
+    model = config.model
+    asked = {
+        "model.optimizer.ema": model.optimizer.ema,
+        "model.compute.compile": model.compute.compile,
+        f"model.loss.{model.loss.holds_to_start}": model.loss.holds_to_start,
+        "trainer.gradient_clip_algorithm": config.trainer.gradient_clip_algorithm == "value",
+    }
+    if config.trainer.strategy == SHARDED and (wrong := [key for key, value in asked.items() if value]):
+        raise ConfigError(f"{wrong[0]}: not with trainer.strategy {SHARDED}; leave it out, or take strategy: ddp")
 
 
 def _check_devices(config: TrainerConfig) -> None:

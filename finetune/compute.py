@@ -42,7 +42,7 @@ def prepare(model: nn.Module, config: ComputeConfig) -> None:
     Raises:
         ModelError: a tower cannot be computed so.
     """
-    towers = {"image": model.visual, "text": getattr(model, "text", model)}
+    towers: dict[str, Any] = {"image": model.visual, "text": getattr(model, "text", model)}
     trained = {name: tower for name, tower in towers.items() if not is_locked(model, name)}
     if config.gradient_checkpointing:
         for name, tower in trained.items():
@@ -52,8 +52,8 @@ def prepare(model: nn.Module, config: ComputeConfig) -> None:
     if config.compile:
         for tower in towers.values():
             # A CLIP whose text tower is not a module of its own embeds tokens itself: its transformer alone then.
-            part = tower.transformer if tower is model else tower
-            part.compile()  # type: ignore[operator]
+            part: Any = tower.transformer if tower is model else tower
+            part.compile()
 
 
 def has_trained_statistics(model: nn.Module) -> bool:
@@ -62,7 +62,7 @@ def has_trained_statistics(model: nn.Module) -> bool:
 
 
 def _checkpoint_blocks(name: str, tower: Any) -> None:
-    blocks = getattr(tower, "transformer", None)
+    blocks: Any = getattr(tower, "transformer", None)
     if hasattr(blocks, "grad_checkpointing"):
         blocks.grad_checkpointing = True
     elif hasattr(getattr(tower, "trunk", None), "set_grad_checkpointing"):

@@ -32,7 +32,7 @@ from curate.clip import weights_fingerprint
 from curate.errors import Busy, ConfigError, did_you_mean
 from curate.options import read_config
 from curate.shards import fingerprint, sweep, write_text
-from finetune.config import FitConfig, TrainerConfig
+from finetune.config import SHARDED, FitConfig, TrainerConfig
 from finetune.keep import LOWER_IS_BETTER, TRADE_OFF, USUAL_GAIN, Goal, goal
 
 if TYPE_CHECKING:
@@ -267,10 +267,12 @@ def _prepare(config: FitConfig) -> tuple[CLIPModule, CLIPDataModule, Trainer]:
 
     from finetune.data import CLIPDataModule
     from finetune.module import CLIPModule
+    from finetune.sharded import ShardedCLIPModule
 
     lightning.seed_everything(config.seed_everything, verbose=False)
     model = config.model
-    module = CLIPModule(model.clip, model.adapter, model.loss, model.optimizer, model.compute)
+    kind = ShardedCLIPModule if config.trainer.strategy == SHARDED else CLIPModule
+    module = kind(model.clip, model.adapter, model.loss, model.optimizer, model.compute)
     return module, CLIPDataModule(config.data, seed=config.seed_everything), _trainer(config)
 
 
@@ -303,8 +305,11 @@ def _trainer(config: FitConfig) -> Trainer:
 
     from finetune.checkpoints import AtomicCheckpointIO
     from finetune.loggers import MetricsFile
+    from finetune.sharded import Sharding
 
     given = asdict(config.trainer) | {"precision": _precision(config.trainer)}
+    if config.trainer.strategy == SHARDED:
+        given["strategy"] = Sharding()
     if given.pop("tf32") and _on_cuda(config.trainer):
         torch.set_float32_matmul_precision("high")
     if isinstance(config.trainer.val_check_interval, int):
@@ -333,13 +338,22 @@ def _trainer(config: FitConfig) -> Trainer:
 def _callbacks(config: FitConfig, *, shown: bool) -> list[Any]:
     from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 
+    from finetune.alarms import Alarms
+    from finetune.averaging import MovingAverage
     from finetune.callback import EvaluationCallback
     from finetune.checkpoints import KeepLast, RandomState
     from finetune.loggers import ProgressLines
 
     folder = config.out / "checkpoints"
     evaluation = EvaluationCallback(config.evaluate, config.data, config.out, config.keep)
-    callbacks = [evaluation, RandomState(), RichProgressBar() if shown else ProgressLines()]
+    callbacks = [
+        evaluation,
+        Alarms(config.trainer.log_every_n_steps, config.checkpoint_every_n_steps),
+        RandomState(),
+        RichProgressBar() if shown else ProgressLines(),
+    ]
+    if decay := config.model.optimizer.ema:
+        callbacks.append(MovingAverage(decay))
     monitor = _monitor(config, evaluation.metrics)
     evaluation.goal = _goal(config, monitor, evaluation.metrics)
     if evaluation.goal:

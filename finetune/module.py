@@ -68,11 +68,14 @@ class CLIPModule(lightning.LightningModule):
         clip: the CLIP with its preprocessing and tokenizer.
         model: `clip.model`, adapted.
         start: its trained weights as they were, where the loss holds it to them; else None.
+        is_sharded: whether each process has a part of the weights only (finetune/sharded.py).
 
     Raises:
         ConfigError: the loss holds it to random weights.
         ModelError: the CLIP cannot be had, has no layer that the adapter names, or cannot be computed so.
     """
+
+    is_sharded = False
 
     def __init__(
         self,
@@ -233,11 +236,15 @@ class CLIPModule(lightning.LightningModule):
         """
         return self.losses(self.embed(batch), self._group(batch), gather=gather)["contrastive"]
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of one step, logged with its parts, the factor of the logits and the learning rate."""
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """The `loss` of one step, logged with its parts, the factor of the logits and the learning rate.
+
+        Callbacks get the step's `embeddings` too, those of images and those of captions.
+        """
         del batch_idx
         start = self.embed_start(batch) if self.loss.distills else None
-        parts = self.losses(self.embed(batch), self._group(batch), start=start)
+        embeddings = self.embed(batch)
+        parts = self.losses(embeddings, self._group(batch), start=start)
         if self.start is not None and self.loss.l2_start:
             parts["l2_start"] = self.loss.l2_start / 2 * self._squared_distance_to_start()
         loss = torch.stack([*parts.values()]).sum()
@@ -250,7 +257,7 @@ class CLIPModule(lightning.LightningModule):
         if self.is_sigmoid:
             self.log("train/logit_bias", self.model.logit_bias.detach())
         self.log("lr-AdamW", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
-        return loss
+        return {"loss": loss, "embeddings": tuple(each.detach() for each in embeddings)}
 
     def _squared_distance_to_start(self) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):

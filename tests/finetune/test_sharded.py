@@ -1,0 +1,115 @@
+"""Weights sharded over two processes (FSDP2 on gloo): what DDP gives, through `finetune fit` itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import yaml
+
+from finetune.export import export
+
+STEPS = 6
+Weights = dict[str, torch.Tensor]
+
+
+def fit(folder: Path, name: str, dataset: Path, architecture: str, *options: str, status: int = 0) -> str:
+    """Run `finetune fit` on two devices to its end."""
+    command, environment = command_of(folder, name, dataset, architecture, *options)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
+    assert done.returncode == status, done.stderr[-3000:]
+    return done.stderr
+
+
+def command_of(
+    folder: Path, name: str, dataset: Path, architecture: str, *options: str
+) -> tuple[list[str], dict[str, str]]:
+    config = {
+        "out": str(folder / name),
+        "trainer": {"max_steps": STEPS, "accelerator": "cpu", "devices": 2, "val_check_interval": 3},
+        "model": {"clip": {"name": architecture, "pretrained": None}, "optimizer": {"lr": 1e-2}},
+        "data": {"dataset": str(dataset), "batch_size": 8, "num_workers": 0},
+        "keep": {"interpolate": 2},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "finetune", "fit", "--config", str(path), *options]
+    return command, {**os.environ, "PYTHONWARNINGS": "", "OMP_NUM_THREADS": "1"}
+
+
+def weights(run: Path, name: str = "last") -> Weights:
+    found: Weights = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]  # noqa: TID251
+    return found
+
+
+def assert_close(found: Weights, expected: Weights, atol: float) -> None:
+    assert found.keys() == expected.keys()
+    for key, weight in expected.items():
+        if not key.endswith("k_proj.bias"):  # its gradient is nothing but rounding, which Adam makes whole steps of
+            torch.testing.assert_close(found[key], weight, rtol=0, atol=atol, msg=key)
+
+
+@pytest.fixture(scope="module")
+def runs(dataset, architectures, tmp_path_factory) -> Path:
+    """The same run under both strategies, all weights trained."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for strategy in ("ddp", "fsdp2"):
+        options = ["--model.adapter.kind", "full", "--trainer.strategy", strategy]
+        fit(folder, strategy, dataset, architectures["tiny-vit"], *options)
+    return folder
+
+
+def test_sharded_weights_end_where_those_of_ddp_do(runs):
+    assert_close(weights(runs / "fsdp2"), weights(runs / "ddp"), atol=1e-5)
+
+
+def test_figures_before_and_after_are_those_of_ddp(runs):
+    found, expected = (json.loads((runs / run / "evaluation.json").read_text()) for run in ("fsdp2", "ddp"))
+    assert found["before"] == expected["before"]
+    assert found["after"].keys() == expected["after"].keys()
+    assert found["facts"]["trainable_parameters"] == expected["facts"]["trainable_parameters"]
+
+
+def test_a_killed_sharded_run_goes_on_from_its_checkpoint(runs, dataset, architectures):
+    options = ["--model.adapter.kind", "full", "--trainer.strategy", "fsdp2", "--checkpoint_every_n_steps", "2"]
+    given = (runs, "again", dataset, architectures["tiny-vit"], *options)
+    command, environment = command_of(*given)
+    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment, start_new_session=True)
+    last = runs / "again" / "checkpoints" / "last.ckpt"
+    while not last.exists() and running.poll() is None:
+        time.sleep(0.01)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not (runs / "again" / "finished.json").exists()
+    assert torch.load(last, weights_only=True)["global_step"] < STEPS  # noqa: TID251 - written above
+    assert "going on from" in fit(*given)
+    assert_close(weights(runs / "again"), weights(runs / "fsdp2"), atol=1e-6)
+
+
+def test_a_sharded_lora_trains_and_is_exported(runs, dataset, architectures):
+    options = ["--trainer.strategy", "fsdp2", "--model.adapter.rank", "2", "--model.compute.micro_batch_size", "3"]
+    fit(runs, "lora", dataset, architectures["tiny-vit"], *options)
+    fit(runs, "lora-ddp", dataset, architectures["tiny-vit"], "--trainer.strategy", "ddp", "--model.adapter.rank", "2")
+    assert_close(weights(runs / "lora"), weights(runs / "lora-ddp"), atol=1e-4)
+    export(runs / "lora", runs / "exported")
+    open_clip.create_model(f"local-dir:{runs / 'exported'}")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("model.optimizer.ema", "0.9"), ("model.compute.compile", "true"), ("trainer.gradient_clip_algorithm", "value")],
+)
+def test_what_needs_all_weights_is_refused(dataset, architectures, tmp_path, option, value):
+    told = fit(
+        *(tmp_path, "run", dataset, architectures["tiny-vit"], f"--{option}", value, "--trainer.strategy", "fsdp2"),
+        status=2,
+    )
+    assert f"{option}: not with trainer.strategy fsdp2" in told
