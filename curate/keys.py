@@ -10,10 +10,11 @@ import ast
 import difflib
 import inspect
 import math
-import textwrap
+import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -120,7 +121,7 @@ def _field_docs(config: type) -> dict[str, str]:
 
 
 def _own_field_docs(config: type) -> dict[str, str]:
-    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0].body  # type: ignore[attr-defined]
+    body = _classes(config.__module__)[config.__name__].body
     return {
         field.target.id: inspect.cleandoc(text.value.value)
         for field, text in pairwise(body)
@@ -130,6 +131,13 @@ def _own_field_docs(config: type) -> dict[str, str]:
         and isinstance(text.value, ast.Constant)
         and isinstance(text.value.value, str)
     }
+
+
+@cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    """The classes of a module by name; inspect would parse all of it anew for each."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 
 
 def no_such_key(key: str, config: type, siblings: Sequence[str] = ()) -> str:

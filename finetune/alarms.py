@@ -22,7 +22,8 @@ from finetune.layers import tower_of
 
 logger = logging.getLogger("cliptailor")
 
-FALLEN = 0.25  # share of the spread or rank at the start, below which embeddings have collapsed
+FALLEN = 0.25  # share of the effective rank at the start, below which embeddings have collapsed
+LEAST_CONTRAST = 0.05  # mean difference between logits, below which a softmax sees all the same
 MOST = 256  # pairs that are looked at
 
 
@@ -54,6 +55,9 @@ def spread(embedding_BD: Tensor) -> Spread:
 class Alarms(lightning.Callback):
     """Stops a run whose loss or weights are no numbers; warns once when embeddings collapse; logs their spread.
 
+    They have collapsed where the logits of a batch hardly differ (mean cosine distance × logit factor below 0.05), or
+    where their effective rank has fallen to a quarter of a pretrained CLIP's at the first look.
+
     Put it before the callbacks that save.
 
     Args:
@@ -63,7 +67,7 @@ class Alarms(lightning.Callback):
 
     def __init__(self, every_n_steps: int, save_every_n_steps: int) -> None:
         self.every_n_steps, self.save_every_n_steps = every_n_steps, save_every_n_steps
-        self.start: dict[str, list[float]] = {}
+        self.start: dict[str, float] = {}  # effective ranks
         self.warned: list[str] = []
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *arguments: Any) -> None:
@@ -85,24 +89,21 @@ class Alarms(lightning.Callback):
                     batch_size=len(embeddings),
                     sync_dist=trainer.world_size > 1,
                 )
-                self._compare(tower, found, step)
+                self._compare(module, tower, found, step)
 
-    def _compare(self, tower: str, found: Spread, step: int) -> None:
-        began = Spread(*self.start.setdefault(tower, [found.distance, found.rank]))
-        if tower in self.warned:
+    def _compare(self, module: Any, tower: str, found: Spread, step: int) -> None:
+        began = self.start.setdefault(tower, found.rank)
+        contrast = found.distance * float(module.model.logit_scale.detach().exp())
+        # The rank of random weights means nothing yet, and falls first as they learn where the data lies.
+        fell = found.rank < FALLEN * began and not module.from_scratch
+        if tower in self.warned or (contrast >= LEAST_CONTRAST and not fell):
             return
-        for what, now, before in (
-            ("spread", found.distance, began.distance),
-            ("effective rank", found.rank, began.rank),
-        ):
-            if now < FALLEN * before:
-                self.warned.append(tower)
-                logger.warning(
-                    "step %d: the %s embeddings are collapsing: their %s fell from %.3g to %.3g. A smaller learning "
-                    "rate, a larger batch or fewer equal captions in it usually help",
-                    *(step, tower, what, before, now),
-                )
-                return
+        self.warned.append(tower)
+        logger.warning(
+            "step %d: the %s embeddings are collapsing: mean cosine distance %.2g, effective rank %.3g (%.3g at the "
+            "start). A smaller learning rate, a larger batch or fewer equal captions in it usually help",
+            *(step, tower, found.distance, found.rank, began),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Kept in each checkpoint."""
@@ -126,10 +127,10 @@ def check_finite(module: Any, loss: Tensor, step: int, trainer: lightning.Traine
         return
     lost = [name for name, _ in _not_finite(module.model)]
     towers = sorted({tower_of(name) or name for name in lost})
-    where = f"weights of the {' and '.join(towers)} tower" if lost else "train/loss"
+    what = f"weights ({', '.join(towers)})" if lost else "train/loss"
     raise Diverged(
-        f"step {step}: {where} {'are' if lost else 'is'} no number any more: {_cause(trainer, module)}. "
-        f"checkpoints/last.ckpt was saved before; start again with --restart and what is proposed here"
+        f"step {step}: no numbers any more: {what}. {_cause(trainer, module)}; then start with --restart (such weights "
+        "are never saved, so a checkpoint of this run is sound)"
     )
 
 
@@ -145,8 +146,8 @@ def _whole(x: Tensor) -> Tensor:
 
 def _cause(trainer: lightning.Trainer, module: Any) -> str:
     if str(trainer.precision).startswith("16"):
-        return f"trainer.precision {trainer.precision} overflows above 65,504; try bf16-mixed or 32-true"
+        return f"{trainer.precision} overflows above 65,504; try trainer.precision bf16-mixed or 32-true"
     rates = sorted({group["lr"] for group in trainer.optimizers[0].param_groups})
     clipped = trainer.gradient_clip_val
-    text = f"the learning rate of {rates[-1]:.3g} is probably too large for {module.adapter.kind}; try a tenth of it"
+    text = f"The learning rate of {rates[-1]:.3g} is probably too large for {module.adapter.kind}; try a tenth of it"
     return text if clipped else f"{text}, and trainer.gradient_clip_val: 1.0"

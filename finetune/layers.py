@@ -58,3 +58,8 @@ class Depths:
         """Steps down from the head: 0 in the head, 1 in the last block, n + 1 in the stem; 0 for the temperature."""
         tower = tower_of(name)
         return 0 if tower is None else len(self.blocks[tower]) + 1 - self.depth(name)
+
+
+def blocks(names: Iterable[str]) -> list[str]:
+    """The blocks that these parameters are in, in the order of their names' first."""
+    return list(dict.fromkeys(block for name in names if (block := block_of(name))))

@@ -5,9 +5,10 @@ The memory is an estimate of a device's peak in training, the sum of
     weights       of the model, in the width of `precision`
     gradients     of what is trained
     AdamW         two moments of what is trained
-    activations   what autograd keeps for the backward pass, times the pairs of a batch. Measured, not calculated: the
-                  towers see two pairs and then three, as fake tensors, which have shapes but no numbers; the difference
-                  of what is saved is the cost of a pair, and the weights among it cancel out
+    activations   what autograd keeps for the backward pass, times the pairs that go through the towers at once.
+                  Measured, not calculated: the towers see two pairs and then three, as fake tensors, which have shapes
+                  but no numbers; the difference of what is saved is the cost of a pair, and the weights among it cancel
+                  out. With gradient checkpointing what a block needs while it is computed again comes on top
     logits        four matrices of float32 (both directions and their softmax), pairs here × pairs on all devices
 
 Fragments, the allocator's cache and the libraries' own workspace come on top (on a GPU some hundred MB to 2 GB).
@@ -28,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finetune.checks import count_pairs
 from finetune.config import FitConfig
+from finetune.layers import blocks
 from finetune.optim import Group, groups, total_steps
 
 MOST_GROUPS = 12  # shown of the optimiser's
@@ -149,7 +151,7 @@ def estimate_memory(module: Any, batch: int, devices: int, precision: str) -> Me
         gradients=width * trained,
         optimizer=2 * width * trained,
         activations_a_pair=pair,
-        activations=pair * batch,
+        activations=pair * min(batch, module.compute.micro_batch_size or batch),
         logits=4 * 4 * batch * batch * devices,
     )
 
@@ -173,6 +175,12 @@ def _saved_bytes(module: Any, size: int, *, mixed: bool) -> int:
     length = module.clip.tokenizer([""]).shape[-1]
     counters = [(buffer, buffer.clone()) for buffer in module.buffers()]  # of BatchNorm, which counts batches
     cast: AbstractContextManager[Any] = torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext()
+
+    def note_input(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        note(given[0])  # kept by a block that is computed twice, out of autograd's sight
+
+    trained = blocks(name for name, parameter in module.model.named_parameters() if parameter.requires_grad)
+    hooks = [module.model.get_submodule(block).register_forward_pre_hook(note_input) for block in trained]
     with (
         torch.random.fork_rng(devices=[]),
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -183,6 +191,8 @@ def _saved_bytes(module: Any, size: int, *, mixed: bool) -> int:
         module(torch.zeros(size, 3, *_image_size(module)), torch.zeros(size, length, dtype=torch.int64))
     for buffer, before in counters:
         buffer.copy_(before)
+    for hook in hooks:
+        hook.remove()
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
@@ -221,6 +231,8 @@ def _batch(plan: Plan) -> str:
     text = f"{plan.batch:,} pairs"
     if replay := plan.config.data.replay:
         text += f", {replay:.0%} of them replayed"
+    if size := plan.config.model.compute.micro_batch_size:
+        text += f", {min(size, plan.batch):,} at once through the towers"
     if plan.devices > 1:
         text += f", on each of {plan.devices} devices; contrast over {plan.batch * plan.devices:,}"
     accumulated = plan.config.trainer.accumulate_grad_batches

@@ -2,7 +2,7 @@
 
 Lightning's ModelParallelStrategy makes the processes and writes the checkpoints: whole ones, in the form of every other
 run's, so that a run can be exported, evaluated and even continued without it. What is left is here: which modules are
-units of their own (each transformer block, and all the rest as one), and the temperature, a number of no axis, which
+units of their own (each block of a tower, and all the rest as one), and the temperature, a number of no axis, which
 FSDP2 cannot take apart: every process has it whole, and its gradient is averaged here.
 """
 
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 
+from finetune.layers import blocks
 from finetune.module import CLIPModule
 
 if TYPE_CHECKING:
@@ -93,18 +94,12 @@ def shard(model: Any, mesh: DeviceMesh) -> None:
 
     # Tensors of no axis cannot be sharded.
     whole = {parameter for parameter in model.parameters() if parameter.ndim == 0}
-    for block in blocks(model):
-        fully_shard(block, mesh=mesh)
+    for block in blocks(name for name, _ in model.named_parameters()):
+        fully_shard(model.get_submodule(block), mesh=mesh)
     # The rest too is given back after use: whatever comes next (a checkpoint) finds all parts in their place.
     fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     for name in ENCODERS:
         register_fsdp_forward_method(model, name)
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """Transformer blocks of both towers: the items of lists named as open_clip's and timm's are."""
-    lists = [module for name, module in model.named_modules() if name.endswith(("resblocks", "blocks"))]
-    return [block for each in lists if isinstance(each, nn.ModuleList | nn.Sequential) for block in each]
 
 
 def clip_to_norm(gradients: Sequence[Tensor], most: float) -> Tensor:

@@ -99,7 +99,7 @@ def test_the_help_of_fit_explains_every_key(capsys):
             "evaluate: {zero_shot: {a: {image: x}}}",
             "1: no key 'evaluate.zero_shot.a.image'. Did you mean 'evaluate.zero_shot.a.images'?",
         ),
-        ("model: 3", "1: model: expected keys (clip, adapter, loss, optimizer), got 3"),
+        ("model: 3", "1: model: expected keys (clip, adapter, loss, optimizer, compute), got 3"),
         ("- a", "1: the file: expected keys (out, "),
         ("a: [1", "1: not YAML ("),
     ],

@@ -56,10 +56,10 @@ def test_the_example_explains_every_key_in_a_line():
     assert not unexplained
 
 
-def test_the_example_is_a_bf16_lora_of_openais_vit_b_32():
+def test_the_example_is_a_lora_of_openais_vit_b_32_in_the_devices_precision():
     config = read_config(CONFIGS / "domain.yaml", FitConfig)
     assert (config.model.clip.name, config.model.clip.pretrained) == ("ViT-B-32", "openai")
-    assert (config.model.adapter.kind, config.trainer.precision) == ("lora", "bf16-mixed")
+    assert (config.model.adapter.kind, config.trainer.precision) == ("lora", "auto")
 
 
 def test_lit_locks_the_image_tower_and_scratch_starts_from_random_weights():

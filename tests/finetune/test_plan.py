@@ -72,6 +72,20 @@ def test_the_estimate_leaves_the_model_and_the_random_state_alone(architectures)
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
 
 
+def test_parts_of_a_batch_and_checkpointed_blocks_need_less(architectures):
+    clip = {"name": architectures["tiny-vit"], "pretrained": None}
+    plain, parts, twice = (
+        CLIPModule(clip, {"kind": "full"}, compute=compute)
+        for compute in ({}, {"micro_batch_size": 4}, {"gradient_checkpointing": True})
+    )
+    whole = estimate_memory(plain, 10, 1, "32-true")
+    assert estimate_memory(parts, 10, 1, "32-true").activations * 10 == whole.activations * 4
+    assert estimate_memory(parts, 3, 1, "32-true").activations * 10 == whole.activations * 3
+    # What is kept of four blocks: their inputs, of 5 positions and of 16, 32 wide.
+    inputs = 4 * 32 * (2 * 5 + 2 * 16)
+    assert inputs < activation_bytes(twice) < inputs + 0.4 * activation_bytes(plain)
+
+
 def test_memory_is_weights_gradients_moments_activations_and_logits(architectures):
     module = module_of(architectures["tiny-vit"], kind="lora", rank=2)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)

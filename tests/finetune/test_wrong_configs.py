@@ -92,6 +92,7 @@ TYPOS = [
     typo("model.optimizer.weightdecay", "model.optimizer.weight_decay", 0.1),
     typo("model.loss.label_smooth", "model.loss.label_smoothing", 0.1),
     typo("model.loss.distill_features", "model.loss.distill_feature", 0.1),
+    typo("model.compute.microbatch_size", "model.compute.micro_batch_size", 8),
     typo("data.batchsize", "data.batch_size", 8),
     typo("data.workers", "data.num_workers", 8),
     typo("data.replay_data", "data.replay_dataset", "x"),
@@ -182,6 +183,9 @@ BOUNDS = [
     case("trainer.max_time", "two hours", "trainer.max_time: expected DAYS:HH:MM:SS"),
     case("trainer.accelerator", "gpus", "trainer.accelerator: expected ", "Did you mean 'gpu'?"),
     case("trainer.strategy", "dpp", "trainer.strategy: expected "),
+    case("model.optimizer.ema", 1.0, "model.optimizer.ema: expected above 0 to below 1"),
+    case("model.compute.micro_batch_size", 0, "model.compute.micro_batch_size: expected at least 1"),
+    case("model.compute.patch_dropout", 1.0, "model.compute.patch_dropout: expected 0 to below 1"),
 ]
 TOGETHER = [
     case("model.loss.l2_start", 0.1, "model.loss.l2_start: the start is random weights"),
@@ -189,6 +193,7 @@ TOGETHER = [
     case("model.adapter.lock", ["image", "text"], "model.adapter.lock: with both towers locked"),
     case("trainer.precision", "16-mixed", "trainer.precision: 16-mixed needs a GPU", "trainer.accelerator is cpu"),
     case("trainer.precision", "16-true", "trainer.precision: 16-true needs a GPU"),
+    case("model.optimizer.ema", 0.9, "model.optimizer.ema: not with trainer.strategy fsdp2", trainer__strategy="fsdp2"),
     case("trainer.devices", [0, 1], "trainer.devices: on a cpu it is the number of processes"),
     case("trainer.check_val_every_n_epoch", None, "trainer.check_val_every_n_epoch: null needs a val_check_interval"),
     case("data.replay", 0.2, "data.replay: 0.2 of each batch, but bare has no retain split", data__dataset="bare"),
