@@ -1,0 +1,211 @@
+"""Image–caption pairs of any form, read where they lie: for training, nothing is downloaded, copied or written.
+
+    a dataset of `curate build`, a folder of img2dataset shards      one split; captions from the shards' Parquet
+    every other form of `curate.sources`                             tars without Parquet, folders of images
+    a list file (Parquet, CSV, TSV, JSON lines)                      a column of paths, relative to the file's folder
+
+All end as one `SampleIndex`: an image that is a file of its own is a member at offset 0 that is as long as the file.
+So one reader reads them all. Rows that name the same image are one sample with several captions.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from curate.database import arrow_table, column_types, connect, quoted
+from curate.errors import ConfigError, InputError, did_you_mean
+from curate.expressions import readable, scalar_expression
+from curate.lists import CAPTION_NAMES, reader, readable_list
+from curate.shards import SampleIndex, read_index, shard_folder, shards_of
+from curate.sources import find
+
+if TYPE_CHECKING:
+    import duckdb
+    import pyarrow as pa
+
+IMAGE_NAMES = ("image", "path", "image_path", "file_name", "filename", "filepath", "file", "img")
+MEMORY_LIMIT = "4GB"
+_NO_GROUP = "CAST(NULL AS VARCHAR)"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which pairs of a source, and from which columns.
+
+    Attributes:
+        key: what the source is called in the configuration, for messages: `data.sources[1]`.
+        where: DuckDB expression over the source's columns; None: all rows.
+        image: column of paths, of a list file; None: the first with a usual name.
+        caption: column of the caption, or of a list of captions; None: the first with a usual name.
+    """
+
+    key: str
+    where: str | None = None
+    image: str | None = None
+    caption: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """SQL of where a row's image lies: file (a text, or a number of a tar), offset, size; and of its key and group."""
+
+    file: str
+    offset: str
+    size: str
+    key: str
+    group: str = _NO_GROUP
+
+
+def read_pairs(path: Path, wanted: Wanted, split: str = "train") -> SampleIndex:
+    """The pairs of a source, in its order.
+
+    Args:
+        path: a folder or a list file.
+        wanted: which of them.
+        split: of a dataset that has splits; everything else is `train`.
+
+    Returns:
+        Its table has `tar` (index into the files), `key`, `captions` (list of texts, may be empty), `image_offset`,
+        `image_size` and `duplicate_group` (text or null).
+
+    Raises:
+        ConfigError: a column or expression of `wanted` that does not fit the source.
+        InputError: nothing there, not what it should be, or an image file that is missing: names the row.
+    """
+    if not path.exists():
+        raise InputError(f"{wanted.key}: {path}: no such file or folder; expected a dataset, images, tars or a list")
+    with tempfile.TemporaryDirectory(prefix="cliptailor-") as scratch:
+        if path.is_dir() and shards_of(shard_folder(path)):
+            return _of_shards(path, wanted, split, Path(scratch))
+        if split != "train":
+            raise InputError(f"{wanted.key}: {path}: no {split} split; only a dataset of shards has splits")
+        return _of_list(path, wanted, Path(scratch))
+
+
+def _of_shards(path: Path, wanted: Wanted, split: str, scratch: Path) -> SampleIndex:
+    import pyarrow.parquet as pq
+
+    folder = shard_folder(path)
+    first = (shards_of(folder, split) or shards_of(folder))[0].with_suffix(".parquet")
+    there = pq.read_schema(first).names
+    if wanted.image:
+        raise ConfigError(f"{wanted.key}.image: the images of {path} are in its tars; leave it out")
+    caption = _column(f"{wanted.key}.caption", wanted.caption or "caption", there, first)
+    with connect(MEMORY_LIMIT, 0, scratch / "spill", []) as db:
+        used = scalar_expression(db, f"{wanted.key}.where", wanted.where, there).columns if wanted.where else ()
+        grouped = ["duplicate_group"] if "duplicate_group" in there else []
+        index = read_index(path, split, list(dict.fromkeys([caption, *used, *grouped])))
+        db.register("listed", index.table)
+        group = "CAST(duplicate_group AS VARCHAR)" if grouped else _NO_GROUP
+        places = _Places("tar", "image_offset", "image_size", "CAST(key AS VARCHAR)", group)
+        table = _select(db, "listed", places, caption, wanted)
+        db.unregister("listed")
+    names = {"file": "tar", **{name: name for name in table.column_names[1:]}}
+    return SampleIndex(index.tars, table.rename_columns(names).drop_columns(["row"]))
+
+
+def _of_list(path: Path, wanted: Wanted, scratch: Path) -> SampleIndex:
+    """Any other form: `curate.sources` makes a list of it, which has the places, or it is a list with paths."""
+    listed = find(str(path), scratch)
+    with connect(MEMORY_LIMIT, 0, scratch / "spill", list(listed.paths)) as db, readable_list(listed):
+        relation = reader(db, listed)
+        types = column_types(db, relation)
+        if listed.root:
+            if wanted.image:
+                raise ConfigError(f"{wanted.key}.image: {path} is a folder of images, not a list; leave it out")
+            root = listed.root
+            places = _Places("source_file", "source_offset", "source_size", "'row ' || row_")
+        else:
+            root = listed.paths[0].parent
+            image = _usual(f"{wanted.key}.image", wanted.image, IMAGE_NAMES, types, path)
+            nothing = "CAST(NULL AS BIGINT)"
+            places = _Places(f"CAST({quoted(image)} AS VARCHAR)", nothing, nothing, "'row ' || row_")
+        caption = _usual(f"{wanted.key}.caption", wanted.caption, CAPTION_NAMES, types, path)
+        table = _select(db, relation, places, caption, wanted)
+    return _with_files(path, root, table)
+
+
+def _column(where: str, name: str, there: Sequence[str], source: Path) -> str:
+    if name not in there:
+        raise ConfigError(f"{where}: {source} has no column '{name}'.{did_you_mean(name, there)}")
+    return name
+
+
+def _usual(where: str, given: str | None, usual: Sequence[str], types: dict[str, str], source: Path) -> str:
+    """The column that was named, else the first with a usual name."""
+    if given:
+        return _column(where, given, list(types), source)
+    spelled = {name.lower(): name for name in types}
+    for name in usual:
+        if name in spelled:
+            return spelled[name]
+    raise InputError(f"{source}: none of its columns ({', '.join(types)}) is named {', '.join(usual[:4])}; set {where}")
+
+
+def _select(db: duckdb.DuckDBPyConnection, relation: str, places: _Places, caption: str, wanted: Wanted) -> pa.Table:
+    """The samples: one row an image, in the order of the first row that names it.
+
+    The rows are numbered before they are filtered, so that a message names the row as the user's editor counts it.
+    """
+    types = column_types(db, relation)
+    where = "true"
+    if wanted.where:
+        found = scalar_expression(db, f"{wanted.key}.where", wanted.where, types)
+        where = f"coalesce(CAST(({found.text}\n) AS BOOLEAN), false)"
+    text = quoted(caption)
+    texts = f"CAST({text} AS VARCHAR[])" if types[caption].endswith("[]") else f"[CAST({text} AS VARCHAR)]"
+    with readable(f"{wanted.key}.where"):
+        return arrow_table(
+            db,
+            f"""SELECT file, min(row_) AS row, arg_min(key_, row_) AS key,
+                list_filter(flatten(list(texts_ ORDER BY row_)), lambda t: trim(coalesce(t, '')) != '') AS captions,
+                offset_ AS image_offset, size_ AS image_size, arg_min(group_, row_) AS duplicate_group
+            FROM (
+                SELECT row_, {places.file} AS file, {places.key} AS key_, {places.group} AS group_,
+                    coalesce({texts}, []) AS texts_, {places.offset} AS offset_, {places.size} AS size_
+                FROM (SELECT *, row_number() OVER () AS row_ FROM {relation}) WHERE {where}
+            ) GROUP BY file, offset_, size_ ORDER BY row""",
+        )
+
+
+def _with_files(path: Path, root: Path, table: pa.Table) -> SampleIndex:
+    """The index over files named by text; those that are images of their own get their length here.
+
+    Each is asked for its length at once: one that is missing is found before training and not in the middle of it.
+    """
+    import pyarrow as pa
+
+    numbers: dict[str, int] = {}
+    columns: dict[str, list[Any]] = {"tar": [], "image_offset": [], "image_size": []}
+    kept = []
+    for place, (name, row, offset, size) in enumerate(
+        zip(*(table[column].to_pylist() for column in ("file", "row", "image_offset", "image_size")), strict=True)
+    ):
+        if offset is None and size is not None:
+            continue  # img2dataset could not download this one: it is in the Parquet alone
+        if offset is None:
+            offset, size = 0, _length(path, root, name, row)
+        kept.append(place)
+        columns["tar"].append(numbers.setdefault(name, len(numbers)))
+        columns["image_offset"].append(offset)
+        columns["image_size"].append(size)
+    types = {"tar": pa.int32(), "image_offset": pa.int64(), "image_size": pa.int64()}
+    rest = table.select(["key", "captions", "duplicate_group"]).take(pa.array(kept, pa.int64()))
+    arrays = {name: pa.array(values, types[name]) for name, values in columns.items()}
+    whole = pa.table({**arrays, **{name: rest[name] for name in rest.column_names}})
+    return SampleIndex([root / name for name in numbers], whole)
+
+
+def _length(path: Path, root: Path, name: str | None, row: int) -> int:
+    if not name:
+        raise InputError(f"{path}: row {row}: no image; expected the path of an image file")
+    if "://" in name:
+        raise InputError(f"{path}: row {row}: {name} is a URL; expected a path: `curate build` downloads a list of URLs")
+    try:
+        return (root / name).stat().st_size
+    except OSError as error:
+        raise InputError(f"{path}: row {row}: {root / name}: no such image ({error.strerror})") from error
