@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,8 +105,7 @@ def _of_shards(path: Path, wanted: Wanted, split: str, scratch: Path) -> SampleI
         places = _Places("tar", "image_offset", "image_size", "CAST(key AS VARCHAR)", group)
         table = _select(db, "listed", places, caption, wanted)
         db.unregister("listed")
-    names = {"file": "tar", **{name: name for name in table.column_names[1:]}}
-    return SampleIndex(index.tars, table.rename_columns(names).drop_columns(["row"]))
+    return SampleIndex(index.tars, table.rename_columns(["tar", *table.column_names[1:]]).drop_columns(["row"]))
 
 
 def _of_list(path: Path, wanted: Wanted, scratch: Path) -> SampleIndex:
@@ -158,7 +158,8 @@ def _select(db: duckdb.DuckDBPyConnection, relation: str, places: _Places, capti
         where = f"coalesce(CAST(({found.text}\n) AS BOOLEAN), false)"
     text = quoted(caption)
     texts = f"CAST({text} AS VARCHAR[])" if types[caption].endswith("[]") else f"[CAST({text} AS VARCHAR)]"
-    with readable(f"{wanted.key}.where"):
+    # Without an expression of the user what DuckDB says is about the list, and its reader tells it.
+    with readable(f"{wanted.key}.where") if wanted.where else nullcontext():
         return arrow_table(
             db,
             f"""SELECT file, min(row_) AS row, arg_min(key_, row_) AS key,

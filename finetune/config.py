@@ -302,11 +302,37 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One of several sources of training pairs."""
+
+    path: Path
+    """A dataset, a folder of tars or images, or a list file (CSV, TSV, Parquet, JSON lines) of paths and captions."""
+    weight: float = 1.0
+    """Passes over this source in an epoch: 2 sees each sample twice, 0.5 half of them, the other half in the next."""
+    where: str | None = None
+    """Only rows for which this DuckDB expression over the columns is true, such as `width >= 224`."""
+    templates: list[str] = field(default_factory=list)
+    """For captions that are labels: one of these is drawn each time, the label in place of its {}."""
+    image: str | None = None
+    """Column of the image paths, of a list file; null: the first with a usual name (image, path, file_name, …)."""
+    caption: str | None = None
+    """Column of the caption or of a list of captions; null: the first with a usual name (caption, text, …)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < float("inf"):
+            raise ConfigError(f"data.sources: weight of {self.path}: expected above 0, got {self.weight}")
+        if bad := [template for template in self.templates if template.count("{}") != 1]:
+            raise ConfigError(f"data.sources: templates: '{bad[0]}' needs exactly one {{}}, where the label goes")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is trained and evaluated on."""
 
     dataset: Path = Path("dataset")
-    """Folder that `curate build` (or img2dataset) made."""
+    """What is trained on, in any form of data.sources; its val and retain splits, where it has them, are evaluated."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Train on these together, in place of the train split of `dataset`, which stays what is evaluated and replayed."""
     batch_size: int = 256
     """Pairs a step and device; with several devices the contrastive batch is all of theirs together."""
     eval_batch_size: int = 256
@@ -325,6 +351,15 @@ class DataConfig:
             raise ConfigError(f"data.batch_size: a contrastive batch needs at least 2 pairs, got {self.batch_size}")
         if not 0 <= self.replay < 1:
             raise ConfigError(f"data.replay: expected a share of the batch, 0 to below 1, got {self.replay}")
+
+    @property
+    def trained_on(self) -> list[SourceConfig]:
+        """The sources of the training pairs."""
+        return self.sources or [SourceConfig(path=self.dataset)]
+
+    def source_key(self, number: int) -> str:
+        """What a user calls a source."""
+        return f"data.sources[{number}]" if self.sources else "data.dataset"
 
 
 @dataclass(frozen=True, kw_only=True)

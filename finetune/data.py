@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +25,20 @@ from torch.utils.data import DataLoader, Dataset
 
 from curate.clip import Clip
 from curate.errors import ConfigError, InputError
-from curate.shards import MemberReader, SampleIndex, digest, fingerprint, read_index, shard_folder, shards_of
+from curate.shards import MemberReader, SampleIndex, digest, fingerprint, shard_folder, shards_of
 from finetune.config import DataConfig
 from finetune.schedule import Draw, Schedule
+from finetune.sources import (
+    CaptionLengths,
+    caption_lengths,
+    concatenate,
+    drawn_caption,
+    sources_fingerprint,
+    split_pairs,
+    training_set,
+)
+
+logger = logging.getLogger("cliptailor")
 
 Batch = dict[str, Tensor]
 """pixels (B, 3, H, W); tokens (B, L) int64; group (B, G) int64, for `losses.positives`; row (B,) of the index."""
@@ -102,13 +114,16 @@ class PairDataset(Dataset[Batch]):
     view: TrainingView | EvaluationView
     tokenizer: Callable[[Sequence[str]], Tensor]
     seed: int = 0
+    templates: Sequence[Sequence[str]] = ()
+    """Of each source: for captions that are labels."""
     reader: MemberReader = field(init=False)
 
     def __post_init__(self) -> None:
         self.reader = MemberReader(self.index.tars)
         table = self.index.table.combine_chunks()
         self._places = np.stack([table[name].to_numpy() for name in ("tar", "image_offset", "image_size")], axis=1)
-        self._keys, self._captions, self._groups = (table[name] for name in ("key", "caption", "duplicate_group"))
+        names = ("key", "captions", "source", "duplicate_group")
+        self._keys, self._captions, self._sources, self._groups = (table[name] for name in names)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -120,16 +135,21 @@ class PairDataset(Dataset[Batch]):
         except InputError as error:
             return error
         rows = [draw.row for draw in draws]
-        tokens = self.tokenizer([self._captions[row].as_py() or "" for row in rows])
+        tokens = self.tokenizer([self._caption(draw) for draw in draws])
         said = [self._ids(row, line) for row, line in zip(rows, tokens, strict=True)]
         group = torch.tensor([(*ids, image) for ids, image in zip(said, images, strict=True)])
         return {"pixels": torch.stack(pixels), "tokens": tokens, "group": group, "row": torch.tensor(rows)}
 
+    def _caption(self, draw: Draw) -> str:
+        source = self._sources[draw.row].as_py()
+        templates = self.templates[source] if source is not None and self.templates else ()
+        return drawn_caption(self._captions[draw.row].as_py(), templates, (self.seed, draw.turn, draw.row))
+
     def _pixels(self, draw: Draw) -> tuple[Tensor, int]:
         """What the CLIP sees, and an id of the stored image: one that is there twice is a positive of both captions."""
         tar, offset, size = self._places[draw.row]
-        content = self.reader.read(int(tar), int(offset), int(size))
         try:
+            content = self.reader.read(int(tar), int(offset), int(size))
             with Image.open(io.BytesIO(content)) as image:
                 return self.view(image.convert("RGB"), (self.seed, draw.turn, draw.row)), _hash(content)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -231,32 +251,6 @@ def has_split(dataset: Path, split: str) -> bool:
     return bool(shards_of(shard_folder(dataset), split))
 
 
-def read_pairs(dataset: Path, split: str) -> SampleIndex:
-    """The index of a split with a text column `duplicate_group`, null where the dataset has none."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    stems = shards_of(shard_folder(dataset), split) or shards_of(shard_folder(dataset))
-    known = bool(stems) and "duplicate_group" in pq.read_schema(stems[0].with_suffix(".parquet")).names
-    index = read_index(dataset, split, ["duplicate_group"] if known else [])
-    groups = index.table["duplicate_group"] if known else pa.nulls(len(index))
-    groups = pc.binary_join_element_wise(str(dataset), pc.cast(groups, pa.string()), ":")
-    names = ("tar", "key", "caption", "image_offset", "image_size")
-    columns = {name: index.table[name] for name in names} | {"duplicate_group": groups}
-    return SampleIndex(index.tars, pa.table(columns))
-
-
-def concatenate(first: SampleIndex, second: SampleIndex) -> SampleIndex:
-    """One index over both, the rows of `second` after those of `first`."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    shifted = pc.add(second.table["tar"], pa.scalar(len(first.tars), second.table["tar"].type))
-    table = second.table.set_column(second.table.schema.get_field_index("tar"), "tar", shifted)
-    return SampleIndex(first.tars + second.tars, pa.concat_tables([first.table, table], promote_options="permissive"))
-
-
 def split_digests(dataset: Path, split: str) -> list[str]:
     """What identifies the content of a split, shard by shard; of a dataset without splits, all of it is `train`."""
     folder = shard_folder(dataset)
@@ -290,9 +284,9 @@ def data_fingerprint(config: DataConfig) -> str:
         InputError: there is nothing to train on.
     """
     replayed = replayed_split(config)
-    digests = [split_digests(*source) for source in ((config.dataset, "train"), replayed) if source]
-    if not digests[0]:
-        read_index(config.dataset, "train")  # says what was expected
+    digests: list[Any] = [split_digests(*source) for source in ((config.dataset, "train"), replayed) if source]
+    if config.sources or not digests[0]:
+        digests[0] = sources_fingerprint(config)
     return fingerprint(digests, config.batch_size, config.replay, config.crop_scale)
 
 
@@ -322,12 +316,14 @@ class CLIPDataModule(lightning.LightningDataModule):
             ConfigError: replay is asked for, but there is nothing to replay.
         """
         del stage
-        self.train_index = read_pairs(self.config.dataset, "train")
+        self._training = training_set(self.config)
+        self.train_index = self._training.index
         replayed = replayed_split(self.config)
-        self.replay_index = read_pairs(*replayed) if replayed else None
+        self.replay_index = split_pairs(*replayed) if replayed else None
         least = 2 * self._world()[0]
         if len(self.train_index) < least:
-            raise InputError(f"{self.config.dataset}: {len(self.train_index)} training pairs; needs at least {least}")
+            where = ", ".join(str(source.path) for source in self.config.trained_on)
+            raise InputError(f"{where}: {len(self.train_index)} training pairs; needs at least {least}")
 
     @property
     def schedule(self) -> Schedule:
@@ -341,7 +337,12 @@ class CLIPDataModule(lightning.LightningDataModule):
             seed=self.seed,
             world_size=world_size,
             rank=rank,
+            sources=self._training.passes,
         )
+
+    def caption_lengths(self, clip: Clip) -> CaptionLengths:
+        """How many captions this CLIP's context cuts, over a seeded sample of a large set; after `setup`."""
+        return caption_lengths(self._training, clip.tokenizer, self.seed)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -353,10 +354,13 @@ class CLIPDataModule(lightning.LightningDataModule):
         index = concatenate(self.train_index, self.replay_index) if self.replay_index else self.train_index
         augmented = self.config.crop_scale != (1.0, 1.0)
         clip = self._clip()
+        lengths = self.caption_lengths(clip)
+        if lengths.too_long:
+            logger.warning("data    %s: the rest of them is not seen", lengths)
         view = (
             TrainingView(clip.preprocess_cfg, self.config.crop_scale) if augmented else EvaluationView(clip.preprocess)
         )
-        dataset = PairDataset(index, view, clip.tokenizer, self.seed)
+        dataset = PairDataset(index, view, clip.tokenizer, self.seed, self._training.templates)
         made_from = fingerprint(data_fingerprint(self.config), self.seed, self.schedule.world_size)
         self._loader = TrainingLoader(dataset, self.schedule, self.config.num_workers, made_from)
         if self._position:
@@ -377,7 +381,7 @@ class CLIPDataModule(lightning.LightningDataModule):
         """The val split, each rank an equal part of it; nothing where the dataset has none."""
         if not has_split(self.config.dataset, "val"):
             return []
-        index = read_pairs(self.config.dataset, "val")
+        index = split_pairs(self.config.dataset, "val")
         world_size, rank = self._world()
         draws = [Draw(row, 0) for row in range(rank, len(index) - len(index) % world_size, world_size)]
         size = self.config.eval_batch_size

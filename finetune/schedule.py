@@ -2,9 +2,12 @@
 
 So the position is all the state that a loader has, and a resumed run reads nothing twice.
 
-An epoch is every sample once. Each global batch is cut into equal slices, one a rank; with several ranks the last batch
-loses the few samples (fewer than ranks) that cannot be shared out equally. A last batch too small for a contrast joins
-the one before it. Replayed samples come on top, from an endless stream of permutations of their own.
+An epoch is every sample once, or, of sources with weights, `weight` passes over each source: an exact number of draws,
+taken one after the other from an endless stream of permutations of that source. So half a pass is another half in the
+next epoch, and two passes are each sample twice; all draws of an epoch are then shuffled together. Each global batch is
+cut into equal slices, one a rank; with several ranks the last batch loses the few samples (fewer than ranks) that
+cannot be shared out equally. A last batch too small for a contrast joins the one before it. Replayed samples come on
+top, from an endless stream of permutations of their own.
 """
 
 from __future__ import annotations
@@ -23,10 +26,30 @@ class Draw(NamedTuple):
     turn: int
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def permutation(size: int, *seed: int) -> np.ndarray:
     """The numbers below `size` in an order that depends on the seeds alone."""
     return np.random.default_rng(seed).permutation(size)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often the samples of one source are drawn: `weight` times an epoch, on average over epochs."""
+
+    num_samples: int
+    weight: float = 1.0
+
+    @property
+    def draws(self) -> int:
+        """Draws an epoch, at least one."""
+        return max(1, round(self.num_samples * self.weight))
+
+    def draw(self, epoch: int, place: int, *seed: int) -> Draw:
+        """Draw number `place` of an epoch."""
+        if self.weight == 1:
+            return Draw(place, epoch)  # the shuffle of the epoch is order enough
+        turn, place_in_turn = divmod(epoch * self.draws + place, self.num_samples)
+        return Draw(int(permutation(self.num_samples, *seed, turn)[place_in_turn]), turn)
 
 
 @dataclass(frozen=True)
@@ -41,6 +64,7 @@ class Schedule:
         seed: of the order.
         world_size: number of ranks.
         rank: whose slice.
+        sources: sizes and weights of the sources that make up num_samples, in the order of the index; none: all once.
     """
 
     num_samples: int
@@ -50,6 +74,7 @@ class Schedule:
     seed: int
     world_size: int = 1
     rank: int = 0
+    sources: tuple[Passes, ...] = ()
 
     @property
     def replayed(self) -> int:
@@ -61,10 +86,15 @@ class Schedule:
         """Samples of a whole batch and rank that are not replayed."""
         return self.batch_size - self.replayed
 
+    @property
+    def draws(self) -> int:
+        """Draws of fresh samples an epoch, of all ranks together."""
+        return sum(source.draws for source in self.sources) if self.sources else self.num_samples
+
     @cached_property
     def _ends(self) -> tuple[int, int]:
         """Batches an epoch, and the fresh samples of the last."""
-        whole, rest = divmod(self.num_samples, self.fresh * self.world_size)
+        whole, rest = divmod(self.draws, self.fresh * self.world_size)
         last = rest // self.world_size
         if last * self.world_size >= 2 or not whole:
             return whole + 1, last
@@ -78,9 +108,19 @@ class Schedule:
         """The samples of one batch, fresh ones first."""
         size = self._ends[1] if number == len(self) - 1 else self.fresh
         start = self.fresh * self.world_size * number + size * self.rank
-        order = permutation(self.num_samples, self.seed, epoch)
-        draws = [Draw(int(row), epoch) for row in order[start : start + size]]
+        order = permutation(self.draws, self.seed, epoch)
+        draws = [self._fresh(int(place), epoch) for place in order[start : start + size]]
         return draws + (self._replay(epoch, number) if self.replay else [])
+
+    def _fresh(self, place: int, epoch: int) -> Draw:
+        """Draw number `place` of an epoch before it is shuffled."""
+        first_row = 0
+        for number, source in enumerate(self.sources):
+            if place < source.draws:
+                row, turn = source.draw(epoch, place, self.seed, 2, number)
+                return Draw(first_row + row, turn)
+            place, first_row = place - source.draws, first_row + source.num_samples
+        return Draw(place, epoch)
 
     def _replay(self, epoch: int, number: int) -> list[Draw]:
         """The next samples of the endless replay stream, in every batch the same share."""
