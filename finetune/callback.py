@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 
 from curate.clip import load_clip
 from curate.errors import InputError
-from curate.shards import read_index, write_text
+from curate.shards import write_text
 from finetune import interpolate
 from finetune.config import DataConfig, EvaluateConfig, KeepConfig
 from finetune.evaluate import Evaluation, compare, evaluate_clip, metric_names
@@ -169,16 +169,17 @@ class EvaluationCallback(lightning.Callback):
 
     def _facts(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> dict[str, Any]:
         trained: Any = module  # a CLIPModule
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]  # a CLIPDataModule
         return {
             "model": trained.clip_config.label,
             "adapter": trained.adapter.kind,
             "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
             "total_parameters": sum(p.numel() for p in module.parameters()),
-            "train_samples": len(read_index(self.data.dataset, "train")),
+            "train_samples": len(datamodule.train_index),
             "steps": trainer.global_step,
             "seconds": round(self.seconds, 1),
             "samples_per_second": round(self.samples / self.seconds, 1) if self.seconds else None,
-            "dataset": str(self.data.dataset),
+            "dataset": ", ".join(str(source.path) for source in self.data.trained_on),
         }
 
     # Time and samples of the training steps alone, kept over interruptions.

@@ -54,6 +54,7 @@ IMMATERIAL = (
     "trainer.profiler",
     "trainer.detect_anomaly",
     "data.dataset",  # its content counts, not its place
+    "data.sources",  # likewise: their pairs, weights and templates are in the fingerprint
     "data.replay_dataset",
     "data.num_workers",
     "data.eval_batch_size",

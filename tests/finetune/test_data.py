@@ -22,13 +22,12 @@ from finetune.data import (
     EvaluationView,
     PairDataset,
     TrainingView,
-    concatenate,
     data_fingerprint,
     has_split,
     random_crop,
-    read_pairs,
 )
 from finetune.schedule import Draw, Schedule, permutation
+from finetune.sources import concatenate, split_pairs
 from tests.finetune import tiny
 
 
@@ -170,7 +169,7 @@ def test_equal_seeds_give_equal_crops_and_others_others():
 
 
 def test_a_batch_has_pixels_tokens_ids_and_rows(clip, dataset):
-    pairs = PairDataset(read_pairs(dataset, "train"), EvaluationView(clip.preprocess), clip.tokenizer)
+    pairs = PairDataset(split_pairs(dataset, "train"), EvaluationView(clip.preprocess), clip.tokenizer)
     batch = pairs.__getitems__([Draw(3, 0), Draw(20, 0)])
     assert batch["pixels"].shape == (2, 3, 32, 32)
     assert batch["pixels"].dtype == torch.float32
@@ -190,7 +189,7 @@ def test_captions_that_read_alike_duplicates_and_equal_images_share_an_id(clip, 
         for number, (caption, group) in enumerate(rows):
             row = {"key": f"{number}", "caption": caption, "duplicate_group": group}
             shard.add(row, tiny.picture("red", "circle", min(number, 2)), "png")
-    pairs = PairDataset(read_pairs(tmp_path, "train"), EvaluationView(clip.preprocess), clip.tokenizer)
+    pairs = PairDataset(split_pairs(tmp_path, "train"), EvaluationView(clip.preprocess), clip.tokenizer)
     caption, duplicate, image = pairs.__getitems__([Draw(row, 0) for row in range(4)])["group"].T
     assert caption[0] == caption[1]
     assert len(set(caption.tolist())) == 3
@@ -222,7 +221,7 @@ def test_replayed_rows_come_from_the_retain_split_or_from_another_dataset(clip, 
 
 
 def test_concatenated_indices_read_from_the_right_tars(dataset):
-    train, retain = read_pairs(dataset, "train"), read_pairs(dataset, "retain")
+    train, retain = split_pairs(dataset, "train"), split_pairs(dataset, "retain")
     both = concatenate(train, retain)
     row = {name: both.table[name][41].as_py() for name in both.table.column_names}
     assert row["key"] == retain.table["key"][1].as_py()
@@ -326,7 +325,7 @@ def test_validation_is_the_val_split_in_order_shared_between_ranks(clip, dataset
 
 
 def test_errors_say_what_is_missing(clip, dataset, tmp_path):
-    with pytest.raises(InputError, match="no train shard"):
+    with pytest.raises(InputError, match="no list there"):
         WithClip(clip, config(tmp_path))
     bare = tiny.write_dataset(tmp_path / "bare", train=1, val=0, retain=0)
     assert not has_split(bare, "retain")
