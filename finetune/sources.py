@@ -156,11 +156,11 @@ def drawn_caption(captions: Sequence[str], templates: Sequence[str], seed: Seque
     return prompts(class_name(caption), [template])[0] if template else caption
 
 
-def caption_lengths(found: TrainingSet, tokenizer: Callable[[Sequence[str]], Tensor], seed: int) -> CaptionLengths:
+def caption_lengths(found: TrainingSet, tokenizer: Callable[..., Tensor], seed: int) -> CaptionLengths:
     """Count the captions that the context cuts: of all, or of a seeded sample of 10,000 samples.
 
-    Tokenizers cut without a word. Whether one did is seen by asking again with another ending: a text that was cut
-    comes out the same, whatever follows; so this needs no knowledge of the tokenizer.
+    Tokenizers cut without a word. One that had room for one token more shows what it did: a text that fits comes out
+    the same with one more token of padding, a text that was cut does not.
     """
     rows = np.arange(len(found.index))
     if len(rows) > _COUNTED:
@@ -172,12 +172,14 @@ def caption_lengths(found: TrainingSet, tokenizer: Callable[[Sequence[str]], Ten
         for caption in captions
         for text in _phrased(caption, found.templates[source])
     ]
-    too_long = context = 0
+    empty_L = tokenizer([""])[0]
+    context, padding = len(empty_L), empty_L[-1]
+    too_long = 0
     for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
         some = texts[start : start + _TOKENIZED_AT_ONCE]
-        plain_BL, longer_BL = tokenizer(some), tokenizer([f"{text} x" for text in some])
-        too_long += int((plain_BL == longer_BL).all(dim=1).sum())
-        context = plain_BL.shape[1]
+        cut_BL, roomier_BM = tokenizer(some), tokenizer(some, context_length=context + 1)
+        fits_B = (cut_BL == roomier_BM[:, :context]).all(dim=1) & (roomier_BM[:, context] == padding)
+        too_long += int((~fits_B).sum())
     return CaptionLengths(len(texts), too_long, context)
 
 

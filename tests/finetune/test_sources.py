@@ -287,8 +287,9 @@ def test_a_batch_says_what_was_drawn(clip, dataset, table):
 
 
 def test_captions_over_the_context_are_counted(clip, images):
-    words = " ".join(["dog"] * 40)
-    table = csv(images / "pairs.csv", "image,caption", f"red.png,{words}", "green.png,short", f"blue.png,{words} cat")
+    fits = " ".join(["dog"] * 14)  # with the start and the end 16 tokens, which is all there is
+    rows = (f"red.png,{fits}", "green.png,short", f"blue.png,{fits} cat", f"yellow.png,{fits} {fits}")
+    table = csv(images / "pairs.csv", "image,caption", *rows)
     lengths = caption_lengths(training_set(DataConfig(dataset=table)), clip.tokenizer, 0)
-    assert (lengths.counted, lengths.too_long, lengths.context_length) == (3, 2, 16)
-    assert str(lengths) == "2 of 3 captions (66.7%) are over 16 tokens"
+    assert (lengths.counted, lengths.too_long, lengths.context_length) == (4, 2, 16)
+    assert str(lengths) == "2 of 4 captions (50.0%) are over 16 tokens"
