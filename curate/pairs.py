@@ -205,7 +205,7 @@ def _length(path: Path, root: Path, name: str | None, row: int) -> int:
     if not name:
         raise InputError(f"{path}: row {row}: no image; expected the path of an image file")
     if "://" in name:
-        raise InputError(f"{path}: row {row}: {name} is a URL; expected a path: `curate build` downloads a list of URLs")
+        raise InputError(f"{path}: row {row}: {name} is a URL; expected a path: `curate build` downloads URLs")
     try:
         return (root / name).stat().st_size
     except OSError as error:

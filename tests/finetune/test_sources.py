@@ -144,7 +144,7 @@ def test_where_chooses_rows_of_a_dataset_and_keeps_their_order(dataset):
     ("line", "fields", "error", "says"),
     [
         ("lost.png,x,1", {}, InputError, r"pairs\.csv: row 2: .*lost\.png: no such image"),
-        ("http://a/b.png,x,1", {}, InputError, r"row 2: http://a/b\.png is a URL; .*curate build"),
+        ("http://a/b.png,x,1", {}, InputError, r"row 2: http://a/b\.png is a URL; .*`curate build`"),
         (",x,1", {}, InputError, r"row 2: no image"),
         ("red.png,x,1", {"caption": "captoin"}, ConfigError, r"data\.sources\[0\]\.caption: .*Did you mean"),
         ("red.png,x,1", {"image": "photo"}, ConfigError, r"data\.sources\[0\]\.image: .*no column 'photo'"),
