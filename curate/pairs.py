@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from curate.database import arrow_table, column_types, connect, quoted
 from curate.errors import ConfigError, InputError, did_you_mean
 from curate.expressions import readable, scalar_expression
-from curate.lists import CAPTION_NAMES, reader, readable_list
+from curate.lists import CAPTION_NAMES, readable_list, reader
 from curate.shards import SampleIndex, read_index, shard_folder, shards_of
 from curate.sources import find
 
@@ -88,6 +88,7 @@ def read_pairs(path: Path, wanted: Wanted, split: str = "train") -> SampleIndex:
 
 
 def _of_shards(path: Path, wanted: Wanted, split: str, scratch: Path) -> SampleIndex:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     folder = shard_folder(path)
@@ -96,16 +97,51 @@ def _of_shards(path: Path, wanted: Wanted, split: str, scratch: Path) -> SampleI
     if wanted.image:
         raise ConfigError(f"{wanted.key}.image: the images of {path} are in its tars; leave it out")
     caption = _column(f"{wanted.key}.caption", wanted.caption or "caption", there, first)
-    with connect(MEMORY_LIMIT, 0, scratch / "spill", []) as db:
-        used = scalar_expression(db, f"{wanted.key}.where", wanted.where, there).columns if wanted.where else ()
-        grouped = ["duplicate_group"] if "duplicate_group" in there else []
-        index = read_index(path, split, list(dict.fromkeys([caption, *used, *grouped])))
-        db.register("listed", index.table)
-        group = "CAST(duplicate_group AS VARCHAR)" if grouped else _NO_GROUP
-        places = _Places("tar", "image_offset", "image_size", "CAST(key AS VARCHAR)", group)
-        table = _select(db, "listed", places, caption, wanted)
-        db.unregister("listed")
-    return SampleIndex(index.tars, table.rename_columns(["tar", *table.column_names[1:]]).drop_columns(["row"]))
+    grouped = ["duplicate_group"] if "duplicate_group" in there else []
+    if wanted.where:
+        with connect(MEMORY_LIMIT, 0, scratch / "spill", []) as db:
+            used = scalar_expression(db, f"{wanted.key}.where", wanted.where, there).columns
+            index = read_index(path, split, list(dict.fromkeys([caption, *used, *grouped])))
+            table = index.table.take(_rows_that_fit(db, index.table, wanted))
+    else:
+        index = read_index(path, split, list(dict.fromkeys([caption, *grouped])))
+        table = index.table
+    columns = {
+        "tar": table["tar"],
+        "key": table["key"].cast(pa.string()),
+        "captions": _lists(table[caption]),
+        "image_offset": table["image_offset"],
+        "image_size": table["image_size"],
+        "duplicate_group": table["duplicate_group"].cast(pa.string()) if grouped else pa.nulls(len(table), pa.string()),
+    }
+    return SampleIndex(index.tars, pa.table(columns))
+
+
+def _rows_that_fit(db: duckdb.DuckDBPyConnection, table: pa.Table, wanted: Wanted) -> pa.Array:
+    """Numbers of the rows for which the expression is true."""
+    import pyarrow as pa
+
+    db.register("listed", table.append_column("row_", pa.array(range(len(table)), pa.int64())))
+    expression = scalar_expression(db, f"{wanted.key}.where", wanted.where or "true", column_types(db, "listed"))
+    with readable(f"{wanted.key}.where"):
+        text = f"SELECT row_ FROM listed WHERE coalesce(CAST(({expression.text}\n) AS BOOLEAN), false) ORDER BY row_"
+        found = arrow_table(db, text)
+    db.unregister("listed")
+    return found["row_"]
+
+
+def _lists(captions: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Captions as lists: of the one that is there, or of none where it is blank."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_list(captions.type) or pa.types.is_large_list(captions.type):
+        return captions.cast(pa.list_(pa.string()))
+    texts = captions.cast(pa.string()).combine_chunks()
+    said = pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(texts), ""), fill_value=False)
+    offsets = np.concatenate([[0], np.cumsum(said.to_numpy(zero_copy_only=False))]).astype(np.int32)
+    return pa.chunked_array([pa.ListArray.from_arrays(pa.array(offsets), texts.filter(said))])
 
 
 def _of_list(path: Path, wanted: Wanted, scratch: Path) -> SampleIndex:
@@ -188,12 +224,10 @@ def _with_files(path: Path, root: Path, table: pa.Table) -> SampleIndex:
     ):
         if offset is None and size is not None:
             continue  # img2dataset could not download this one: it is in the Parquet alone
-        if offset is None:
-            offset, size = 0, _length(path, root, name, row)
         kept.append(place)
         columns["tar"].append(numbers.setdefault(name, len(numbers)))
-        columns["image_offset"].append(offset)
-        columns["image_size"].append(size)
+        columns["image_offset"].append(offset or 0)
+        columns["image_size"].append(_length(path, root, name, row) if offset is None else size)
     types = {"tar": pa.int32(), "image_offset": pa.int64(), "image_size": pa.int64()}
     rest = table.select(["key", "captions", "duplicate_group"]).take(pa.array(kept, pa.int64()))
     arrays = {name: pa.array(values, types[name]) for name, values in columns.items()}

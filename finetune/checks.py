@@ -18,7 +18,7 @@ from typing import Any
 from curate.errors import ConfigError, did_you_mean
 from curate.keys import shown
 from curate.shards import SPLITS, shard_folder, shards_of
-from finetune.config import SHARDED, WEIGHTS, ClipConfig, EvaluateConfig, FitConfig, TrainerConfig
+from finetune.config import SHARDED, WEIGHTS, ClipConfig, DataConfig, EvaluateConfig, FitConfig, TrainerConfig
 from finetune.keep import USUAL_GAIN, goal
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
@@ -219,7 +219,10 @@ def _architectures() -> list[str]:
 
 def _check_data(config: FitConfig) -> None:
     data = config.data
-    _there("data.dataset", data.dataset, "a dataset that curate build or img2dataset made")
+    if not data.sources or data.dataset != DataConfig.dataset:
+        _there("data.dataset", data.dataset, "a dataset that curate build or img2dataset made, or a list of images")
+    for number, source in enumerate(data.sources):
+        _there(f"data.sources[{number}].path", source.path, "a dataset, a folder of images or tars, or a list of them")
     if data.replay_dataset is not None:
         _there("data.replay_dataset", data.replay_dataset, "a dataset whose train split is replayed")
         if not data.replay:
@@ -231,17 +234,21 @@ def _check_data(config: FitConfig) -> None:
         )
     if config.out.resolve() == data.dataset.resolve():
         raise ConfigError(f"out: {config.out} is the dataset itself; give the run a folder of its own")
-    pairs, fresh = count_pairs(data.dataset, "train"), data.batch_size - round(data.batch_size * data.replay)
-    if pairs is not None and pairs < fresh:
+    counts = [count_pairs(source.path, "train") for source in data.trained_on]
+    if None in counts:  # known when it has been read
+        return
+    pairs = sum(round((count or 0) * source.weight) for count, source in zip(counts, data.trained_on, strict=True))
+    if pairs < data.batch_size - round(data.batch_size * data.replay):
+        where = ", ".join(str(source.path) for source in data.trained_on)
         raise ConfigError(
-            f"data.batch_size: {data.batch_size} pairs a step, but {data.dataset} has {pairs:,} to train on; "
+            f"data.batch_size: {data.batch_size} pairs a step, but {where} has {pairs:,} to train on; "
             f"an eighth of them at most is a good batch: {max(2, pairs // 8)}"
         )
 
 
 def _there(key: str, path: Path, expected: str) -> None:
     if not path.exists():
-        raise ConfigError(f"{key}: {path}: no such folder; expected {expected}")
+        raise ConfigError(f"{key}: {path}: no such {'folder' if not path.suffix else 'file'}; expected {expected}")
     if path.is_dir() and not any(path.iterdir()):
         raise ConfigError(f"{key}: {path}: an empty folder; expected {expected}")
 

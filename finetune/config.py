@@ -318,12 +318,6 @@ class SourceConfig:
     caption: str | None = None
     """Column of the caption or of a list of captions; null: the first with a usual name (caption, text, …)."""
 
-    def __post_init__(self) -> None:
-        if not 0 < self.weight < float("inf"):
-            raise ConfigError(f"data.sources: weight of {self.path}: expected above 0, got {self.weight}")
-        if bad := [template for template in self.templates if template.count("{}") != 1]:
-            raise ConfigError(f"data.sources: templates: '{bad[0]}' needs exactly one {{}}, where the label goes")
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -351,6 +345,12 @@ class DataConfig:
             raise ConfigError(f"data.batch_size: a contrastive batch needs at least 2 pairs, got {self.batch_size}")
         if not 0 <= self.replay < 1:
             raise ConfigError(f"data.replay: expected a share of the batch, 0 to below 1, got {self.replay}")
+        for number, source in enumerate(self.sources):
+            key = f"data.sources[{number}]"
+            if not 0 < source.weight < float("inf"):
+                raise ConfigError(f"{key}.weight: expected above 0, got {source.weight}")
+            if bad := [template for template in source.templates if template.count("{}") != 1]:
+                raise ConfigError(f"{key}.templates: '{bad[0]}' needs exactly one {{}}, where the label goes")
 
     @property
     def trained_on(self) -> list[SourceConfig]:

@@ -307,6 +307,7 @@ class CLIPDataModule(lightning.LightningDataModule):
         self.seed = seed
         self._loader: TrainingLoader | None = None
         self._position: dict[str, Any] | None = None
+        self._lengths: CaptionLengths | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Read the indices.
@@ -342,7 +343,9 @@ class CLIPDataModule(lightning.LightningDataModule):
 
     def caption_lengths(self, clip: Clip) -> CaptionLengths:
         """How many captions this CLIP's context cuts, over a seeded sample of a large set; after `setup`."""
-        return caption_lengths(self._training, clip.tokenizer, self.seed)
+        if self._lengths is None:
+            self._lengths = caption_lengths(self._training, clip.tokenizer, self.seed)
+        return self._lengths
 
     @property
     def batches_per_epoch(self) -> int:
@@ -354,9 +357,9 @@ class CLIPDataModule(lightning.LightningDataModule):
         index = concatenate(self.train_index, self.replay_index) if self.replay_index else self.train_index
         augmented = self.config.crop_scale != (1.0, 1.0)
         clip = self._clip()
-        lengths = self.caption_lengths(clip)
-        if lengths.too_long:
-            logger.warning("data    %s: the rest of them is not seen", lengths)
+        # The plan of `finetune fit` has counted them, and told.
+        if self._lengths is None and self.schedule.rank == 0 and self.caption_lengths(clip).too_long:
+            logger.warning("data    %s and are cut", self._lengths)
         view = (
             TrainingView(clip.preprocess_cfg, self.config.crop_scale) if augmented else EvaluationView(clip.preprocess)
         )

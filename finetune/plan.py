@@ -31,6 +31,7 @@ from finetune.checks import count_pairs
 from finetune.config import FitConfig
 from finetune.layers import blocks
 from finetune.optim import Group, groups, total_steps
+from finetune.sources import CaptionLengths
 
 MOST_GROUPS = 12  # shown of the optimiser's
 FEW, MEDIUM = 2_000, 200_000  # pairs, up to which the recipe of that name is meant
@@ -68,6 +69,7 @@ class Plan:
         trainable: parameters that are trained.
         total: parameters of the CLIP.
         groups: of the trainable parameters.
+        captions: how many the context cuts.
     """
 
     config: FitConfig
@@ -83,6 +85,7 @@ class Plan:
     memory: Memory
     device: str
     precision: str
+    captions: CaptionLengths
 
 
 def make_plan(config: FitConfig, module: Any, data: Any, trainer: Any) -> Plan:
@@ -113,6 +116,7 @@ def make_plan(config: FitConfig, module: Any, data: Any, trainer: Any) -> Plan:
         memory=estimate_memory(module, config.data.batch_size, devices, trainer.precision),
         device=_device(trainer),
         precision=trainer.precision,
+        captions=data.caption_lengths(module.clip),
     )
 
 
@@ -208,7 +212,10 @@ def rows(plan: Plan) -> Iterator[tuple[str, str]]:
     """(label, text) of each line of the plan."""
     config, memory = plan.config, plan.memory
     counts = [f"{count:,} {'pairs' if name == 'train' else name}" for name, count in plan.pairs.items()]
-    yield "data", f"{config.data.dataset}: " + ", ".join(counts) + f" · recipe for this size: {recipe(plan)}"
+    trained_on = ", ".join(str(source.path) for source in config.data.trained_on)
+    yield "data", f"{trained_on}: " + ", ".join(counts) + f" · recipe for this size: {recipe(plan)}"
+    if plan.captions.too_long:
+        yield "captions", f"{plan.captions} and are cut"
     yield "batch", _batch(plan)
     yield "steps", _steps(plan)
     share = f"{plan.trainable / plan.total:.2%}" if plan.trainable < plan.total else "all"
@@ -286,4 +293,4 @@ def tell(plan: Plan, file: TextIO | None = None) -> None:
             table.add_row(label, text)
         Console(file=file).print(table)
     else:
-        file.writelines(f"plan: {label:8}{text}\n" for label, text in rows(plan))
+        file.writelines(f"plan: {label:9}{text}\n" for label, text in rows(plan))

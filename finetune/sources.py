@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # A caption's stream of random numbers is apart from that of its image's crop, which has three seeds.
 _OF_CAPTIONS = 1
-_COUNTED = 10_000
+_COUNTED = 2_000
 _TOKENIZED_AT_ONCE = 1_000
 
 
@@ -157,7 +157,7 @@ def drawn_caption(captions: Sequence[str], templates: Sequence[str], seed: Seque
 
 
 def caption_lengths(found: TrainingSet, tokenizer: Callable[..., Tensor], seed: int) -> CaptionLengths:
-    """Count the captions that the context cuts: of all, or of a seeded sample of 10,000 samples.
+    """Count the captions that the context cuts: of all, or of a seeded sample of 2,000 samples.
 
     Tokenizers cut without a word. One that had room for one token more shows what it did: a text that fits comes out
     the same with one more token of padding, a text that was cut does not.

@@ -106,12 +106,11 @@ def _use(config: FitConfig | None, form: Format) -> str:
 def _trained(config: FitConfig, facts: dict[str, Any], checkpoint: str) -> str:
     adapter = config.model.adapter
     how = adapter.variant if adapter.kind == "lora" else adapter.kind
+    sources = ", ".join(str(source.path) for source in config.data.trained_on)
     told = {
         "start": config.model.clip.label,
         "trained": how + (f", {', '.join(adapter.lock)} tower locked" if adapter.lock else ""),
-        "data": f"{config.data.dataset} ({facts['train_samples']:,} pairs)"
-        if "train_samples" in facts
-        else config.data.dataset,
+        "data": sources + (f" ({facts['train_samples']:,} pairs)" if "train_samples" in facts else ""),
         "steps": facts.get("steps"),
         "checkpoint": facts.get("checkpoint", checkpoint),
         "made with": ", ".join(

@@ -6,6 +6,7 @@ nothing of the training. So a folder that only works where it was made is never 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -38,15 +39,18 @@ CAPTIONS = ("a photo of a cat.", "two dogs and one bird, 12 × 3", "Größe: ¿q
 
 def samples_of(checkpoint: Path) -> list[Image.Image]:
     """Some images of the run's own val or train split; a drawn one where the dataset is not there any more."""
-    from curate.shards import read_index
-    from finetune.sets import retrieval_set
+    from curate.shards import MemberReader
+    from finetune.data import has_split
+    from finetune.sources import split_pairs, training_set
 
     try:
-        dataset = run_config(checkpoint).data.dataset
-        index = next(index for split in ("val", "train") if len(index := read_index(dataset, split)))
-        images = retrieval_set("samples", index, MOST).images
-        return [images.open(number).convert("RGB") for number in range(len(images))]
-    except (CliptailorError, OSError, StopIteration):
+        data = run_config(checkpoint).data
+        index = split_pairs(data.dataset, "val") if has_split(data.dataset, "val") else training_set(data).index
+        reader = MemberReader(index.tars)
+        rows = index.table.slice(0, MOST).to_pylist()
+        stored = [reader.read(row["tar"], row["image_offset"], row["image_size"]) for row in rows]
+        return [Image.open(io.BytesIO(content)).convert("RGB") for content in stored]
+    except (CliptailorError, OSError):
         logger.info("%s: its dataset is not there; compared on a drawn picture", checkpoint)
         return drawn()
 

@@ -1,0 +1,104 @@
+"""`finetune fit` on several sources, as a user runs it: the plan, a kill and going on, mistakes with their lines."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from finetune.export import export
+from tests.finetune import tiny
+
+LONG = " ".join(["word"] * 30)
+
+
+@pytest.fixture(scope="module")
+def folder(dataset, architectures, tmp_path_factory) -> Path:
+    """A dataset, a CSV of paths with two captions of each image, and class folders; a configuration over all three."""
+    folder = tmp_path_factory.mktemp("sources")
+    shutil.copytree(dataset, folder / "dataset")
+    lines = ["image,title,height"]
+    for number, colour in enumerate(tiny.COLOURS):
+        for path in (folder / f"{colour}.png", folder / "classes" / colour / "1.png"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(tiny.picture(colour, "circle", 100 + number))
+        lines += [f"{colour}.png,a {colour} thing,40", f"{colour}.png,{LONG},40", f"{colour}.png,small,4"]
+    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
+    sources = [
+        {"path": "dataset", "where": "caption != 'a red circle'"},
+        {"path": "pairs.csv", "caption": "title", "weight": 2.0, "where": "CAST(height AS INT) > 9"},
+        {"path": "classes", "weight": 0.5, "templates": ["a photo of a {}.", "one {} thing"]},
+    ]
+    config = {
+        "trainer": {"max_epochs": 2, "accelerator": "cpu"},
+        "model": {"clip": {"name": architectures["tiny-vit"], "pretrained": None}, "adapter": {"kind": "full"}},
+        "data": {"dataset": "dataset", "sources": sources, "batch_size": 8, "num_workers": 1},
+        "checkpoint_every_n_steps": 1,
+    }
+    (folder / "domain.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def command(folder: Path, *options: str) -> tuple[list[str], dict[str, str]]:
+    words = [sys.executable, "-m", "finetune", "fit", "--config", "domain.yaml", *options]
+    return words, {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+
+
+def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    words, environment = command(folder, *options)
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_a_killed_run_on_several_sources_ends_with_the_same_weights(folder):
+    whole = run(folder, "--out", "whole")
+    assert whole.returncode == 0, whole.stderr
+    # 37 of 40 are not red circles, 8 images twice, 8 classes of which half are drawn: 57 an epoch.
+    assert "dataset, pairs.csv, classes: 53 pairs" in whole.stderr
+    assert "steps    14 (2 epochs of 7 batches)" in whole.stderr
+    assert "captions 8 of 69 captions (11.6%) are over 16 tokens and are cut" in whole.stderr
+    words, environment = command(folder, "--out", "killed")
+    process = subprocess.Popen(words, cwd=folder, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    last = folder / "killed" / "checkpoints" / "last.ckpt"
+    while not last.exists() and process.poll() is None:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "killed" / "finished.json").exists()
+    again = run(folder, "--out", "killed")
+    assert "going on from" in again.stderr
+    first, second = (
+        torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]  # noqa: TID251 - ours
+        for name in ("whole", "killed")
+    )
+    assert all(torch.equal(second[name], weight) for name, weight in first.items())
+    export(folder / "whole", folder / "clip")
+    assert "dataset, pairs.csv, classes (53 pairs)" in (folder / "clip" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("number", "key", "value", "told"),
+    [
+        (1, "path", "paris.csv", "data.sources[1].path: paris.csv: no such file"),
+        (2, "weight", 0, "data.sources[2].weight: expected above 0"),
+        (2, "templates", ["a photo"], "data.sources[2].templates: 'a photo' needs exactly one {}"),
+        (0, "wher", "true", "no key 'data.sources[0].wher'. Did you mean 'data.sources[0].where'?"),
+        (1, "caption", "titel", "data.sources[1].caption: pairs.csv has no column 'titel'. Did you mean 'title'?"),
+        (0, "where", "captoin = 'x'", "data.sources[0].where: no column 'captoin'"),
+    ],
+)
+def test_a_mistake_in_a_source_is_one_line(folder, tmp_path, number, key, value, told):
+    config = yaml.safe_load((folder / "domain.yaml").read_text())
+    config["data"]["sources"][number][key] = value
+    (folder / "wrong.yaml").write_text(yaml.safe_dump(config))
+    done = run(folder, "--config", "wrong.yaml", "--out", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert len(done.stderr.splitlines()) <= 3
