@@ -215,7 +215,7 @@ def rows(plan: Plan) -> Iterator[tuple[str, str]]:
     trained_on = ", ".join(str(source.path) for source in config.data.trained_on)
     yield "data", f"{trained_on}: " + ", ".join(counts) + f" · recipe for this size: {recipe(plan)}"
     if plan.captions.too_long:
-        yield "captions", f"{plan.captions} and are cut"
+        yield "texts", f"{plan.captions} and are cut"
     yield "batch", _batch(plan)
     yield "steps", _steps(plan)
     share = f"{plan.trainable / plan.total:.2%}" if plan.trainable < plan.total else "all"
@@ -293,4 +293,4 @@ def tell(plan: Plan, file: TextIO | None = None) -> None:
             table.add_row(label, text)
         Console(file=file).print(table)
     else:
-        file.writelines(f"plan: {label:9}{text}\n" for label, text in rows(plan))
+        file.writelines(f"plan: {label:8}{text}\n" for label, text in rows(plan))

@@ -62,8 +62,8 @@ def test_a_killed_run_on_several_sources_ends_with_the_same_weights(folder):
     assert whole.returncode == 0, whole.stderr
     # 37 of 40 are not red circles, 8 images twice, 8 classes of which half are drawn: 57 an epoch.
     assert "dataset, pairs.csv, classes: 53 pairs" in whole.stderr
-    assert "steps    14 (2 epochs of 7 batches)" in whole.stderr
-    assert "captions 8 of 69 captions (11.6%) are over 16 tokens and are cut" in whole.stderr
+    assert "steps   14 (2 epochs of 7 batches)" in whole.stderr
+    assert "texts   8 of 69 captions (11.6%) are over 16 tokens and are cut" in whole.stderr
     words, environment = command(folder, "--out", "killed")
     process = subprocess.Popen(words, cwd=folder, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
     last = folder / "killed" / "checkpoints" / "last.ckpt"
