@@ -142,7 +142,11 @@ TYPES = [
     kind("data.batch_size", {"train": 8}, "a whole number"),
     kind("data.dataset", ["bare"], "a path"),
     kind("data.crop_scale", [0.9, 1.0, 1.1], "a list of 2"),
-    kind("evaluate.zero_shot", ["colours"], "a mapping of names to keys (images, templates)"),
+    kind(
+        "evaluate.zero_shot",
+        ["colours"],
+        "a mapping of names to keys (images, split, root, download, classes, image_column, label_column, templates)",
+    ),
     kind("evaluate.retrieval.flowers", 3, "a path"),
     case("evaluate.zero_shot.a", {"images": "colours", "template": []}, "no key 'evaluate.zero_shot.a.template'"),
     kind("seed_everything", "random", "a whole number"),
