@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,7 @@ from finetune.config import (
     FitConfig,
     LabelledConfig,
     ProbeConfig,
+    RobustnessConfig,
     TrainerConfig,
 )
 from finetune.keep import USUAL_GAIN, goal
@@ -273,8 +274,12 @@ def _check_evaluation(config: EvaluateConfig) -> None:
             templates_of(zero_shot.templates, f"{key}.templates")
 
 
-def check_probes(probes: Mapping[str, ProbeConfig]) -> None:
+def check_probes(probes: Mapping[str, ProbeConfig], zero_shot: Collection[str]) -> None:
     """Check the linear probes of `finetune evaluate`.
+
+    Args:
+        probes: by name.
+        zero_shot: names of the zero-shot sets, which a probe's test images are one of.
 
     Raises:
         ConfigError: one line, beginning with the key.
@@ -282,6 +287,8 @@ def check_probes(probes: Mapping[str, ProbeConfig]) -> None:
     for name, probe in probes.items():
         key = f"probe.{name}"
         _check_name(key, name)
+        if name in zero_shot:
+            raise ConfigError(f"{key}: a zero-shot set has this name, which that of the probe's test images has too")
         if wrong := [shots for shots in probe.shots if shots < 1]:
             raise ConfigError(f"{key}.shots: expected at least 1, got {wrong[0]}")
         if probe.seed < 0:
@@ -291,6 +298,29 @@ def check_probes(probes: Mapping[str, ProbeConfig]) -> None:
                 _check_labelled(f"{key}.{split}", found)
         if probe.test.templates is not None:
             templates_of(probe.test.templates, f"{key}.test.templates")
+
+
+def check_robustness(shifted: Mapping[str, RobustnessConfig], sets: Collection[str]) -> None:
+    """Check the comparison of shifted sets with their references.
+
+    Args:
+        shifted: by the name of the shifted set.
+        sets: names of the zero-shot sets that there are.
+
+    Raises:
+        ConfigError: one line, beginning with the key.
+    """
+    for name, asked in shifted.items():
+        key = f"robustness.{name}"
+        for where, each in ((key, name), (f"{key}.reference", asked.reference)):
+            if each not in sets:
+                raise ConfigError(f"{where}: no zero-shot set '{each}'.{did_you_mean(each, sets)}")
+        if asked.reference == name:
+            raise ConfigError(f"{key}.reference: expected another set than the shifted one itself")
+        if wrong := [share for pair in asked.baseline for share in pair if not 0 <= share <= 1]:
+            raise ConfigError(f"{key}.baseline: expected shares, 0 to 1, got {wrong[0]}")
+        if asked.baseline and len({reference for reference, _ in asked.baseline}) < 2:
+            raise ConfigError(f"{key}.baseline: a line needs two models of different accuracy on {asked.reference}")
 
 
 def _check_labelled(key: str, labelled: LabelledConfig) -> None:

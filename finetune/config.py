@@ -311,8 +311,8 @@ class LabelledConfig:
     """Images, each of one class."""
 
     images: Path
-    """Folder of class folders, or of images with a labels.csv; a table (FILE.csv, FILE.parquet) with a column of paths
-    and one of labels; a folder as CLIP_benchmark writes it (webdataset); torchvision:NAME, such as torchvision:CIFAR10."""
+    """Folder of class folders, or of images with a labels.csv; a table (FILE.csv, FILE.parquet) with a column of
+    paths and one of labels; a folder as CLIP_benchmark writes it (webdataset); torchvision:CIFAR10 or another name."""
     split: str = "test"
     """Of torchvision's and CLIP_benchmark's sets."""
     root: Path | None = None
@@ -351,6 +351,17 @@ class ProbeConfig:
     """Also fit probes on so many images of each class, drawn by seed; [] for none."""
     seed: int = 0
     """Of that draw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustnessConfig:
+    """A zero-shot set with the same classes as another, the images of which come from elsewhere."""
+
+    reference: str
+    """The other: its name in evaluate.zero_shot."""
+    baseline: list[tuple[float, float]] = field(default_factory=list)
+    """Top-1 of other models on (reference, this), at least two: the line that accuracy on the one predicts the other
+    by. Without it the table has the accuracies alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,9 @@
 """Linear probes: how much of a classification an image tower's features hold, by logistic regression on them.
 
-As the paper does it (Radford et al. 2021, appendix A.3): L-BFGS, at most 1,000 iterations, an L2 penalty that is chosen
-on a validation split, from 96 strengths between 1e-6 and 1e6; instead of all of them, every second decade first and then
-both sides of the best, in ever smaller steps, down to eight a decade. The classifier of the best strength is fitted
-again on train and validation together.
+As the paper does it (Radford et al. 2021, appendix A.3): L-BFGS, at most 1,000 iterations, an L2 penalty that is
+chosen on a validation split, from 96 strengths between 1e-6 and 1e6; instead of all of them, every second decade first
+and then both sides of the best, in ever smaller steps, down to eight a decade. The classifier of the best strength is
+fitted again on train and validation together.
 
 With `shots`, that many images of each class are drawn, by seed, and the penalty is chosen by four-fold cross-validation
 within them: a k-shot probe may look at no other label.
@@ -79,11 +79,11 @@ def fit_probe(
         # Over N, so that the tolerances mean the same for any number of samples.
         loss = functional.cross_entropy(feature_ND @ weight.T + bias, label_N)
         loss = loss + penalty / (2 * len(label_N)) * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
     return LinearProbe(weight.detach(), bias.detach(), penalty)
 
 
