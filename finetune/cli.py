@@ -218,7 +218,7 @@ def evaluate(options: Namespace) -> None:
     check_files(chosen)
     check_probes(chosen.probe, chosen.evaluate.zero_shot)
     sets = _sets(chosen, options.run)
-    check_robustness(chosen.robustness, [each.name for each in (*sets.zero_shot, *sets.probes)])
+    check_robustness(chosen.robustness, [*(each.name for each in sets.zero_shot), *(each.name for each in sets.probes)])
     if not (chosen.clip or options.run or options.models):
         raise ConfigError("evaluate: give --models, --clip.name (and --clip.pretrained), or --run, or several of them")
     from finetune import comparison
@@ -238,7 +238,7 @@ def evaluate(options: Namespace) -> None:
     if len(compared) == 2 and not options.get("json"):
         from finetune.tables import change_table, show
 
-        show(change_table(compare(*(each.evaluation for each in compared))))
+        show(change_table(compare(compared[0].evaluation, compared[1].evaluation)))
 
 
 def _compared(name: str, clip: Clip, sets: EvaluationSets, batch_size: int) -> Compared:
