@@ -3,7 +3,8 @@
 CLIP_benchmark's layout (https://github.com/LAION-AI/CLIP_benchmark, `build_wds_dataset`) is a folder with, for each
 split, `SPLIT/nshards.txt` and `SPLIT/0.tar` …; a sample is an image (`KEY.webp`, `.png`, `.jpg` or `.jpeg`) and
 `KEY.cls`, the number of its class; or, where `dataset_type.txt` says `retrieval`, `KEY.txt`, a caption a line. Beside
-the splits lie `classnames.txt` and `zeroshot_classification_templates.txt`, one a line, with `{c}` for the class's name.
+the splits lie `classnames.txt` and `zeroshot_classification_templates.txt`, one a line, with `{c}` for the class's
+name.
 """
 
 from __future__ import annotations
