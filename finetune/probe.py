@@ -68,8 +68,8 @@ def fit_probe(
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=MOST_ITERATIONS,
-        tolerance_grad=1e-7,
-        tolerance_change=1e-12,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-10,
         history_size=20,
         line_search_fn="strong_wolfe",
     )

@@ -30,7 +30,7 @@ def test_the_classifier_is_scikit_learns(penalty: float):
 
     # With a weak penalty the valley is flat: what both must reach is its floor.
     found = objective(ours.weight, ours.bias)
-    assert found == pytest.approx(objective(*map(torch.from_numpy, (theirs.coef_, theirs.intercept_))), rel=1e-5)
+    assert found == pytest.approx(objective(*map(torch.from_numpy, (theirs.coef_, theirs.intercept_))), rel=1e-4)
     agree = ours.scores(features[600:]).argmax(1) == torch.from_numpy(theirs.predict(features[600:]))
     assert agree.double().mean() > 0.998
 
