@@ -217,6 +217,20 @@ MISSING = [
     case("data.dataset", "empty", "data.dataset: empty: an empty folder; expected a dataset"),
     case("data.replay_dataset", "nowhere", "data.replay_dataset: nowhere: no such", data__replay=0.5),
     case("evaluate.retrieval.flowers", "nowhere", "evaluate.retrieval.flowers: nowhere: no such folder"),
+    case("evaluate.zero_shot.c", {"images": "colours", "templates": "cifr10"}, "Did you mean 'cifar10'?"),
+    case(
+        "evaluate.zero_shot.c",
+        {"images": "torchvision:CIFAR10"},
+        "evaluate.zero_shot.c.root: torchvision:CIFAR10 needs",
+    ),
+    case(
+        "evaluate.zero_shot.c", {"images": "colours", "root": "."}, "evaluate.zero_shot.c.root: it is for torchvision's"
+    ),
+    case(
+        "evaluate.zero_shot.c",
+        {"images": "colours", "classes": "gone.txt"},
+        "evaluate.zero_shot.c.classes: gone.txt: no such file",
+    ),
     case("evaluate.zero_shot.c", {"images": "nowhere"}, "evaluate.zero_shot.c.images: nowhere: no such folder"),
     case("model.clip.name", "nowhere.json", "model.clip.name: nowhere.json: no such file"),
     case("model.clip.name", "weights/ViT-B-32.pt", "model.clip.name: weights/ViT-B-32.pt: no such file"),
