@@ -327,7 +327,7 @@ def _check_labelled(key: str, labelled: LabelledConfig) -> None:
     images = labelled.images
     if str(images).startswith(TORCHVISION):
         if labelled.root is None:
-            raise ConfigError(f"{key}.root: {images} needs the folder that torchvision keeps it in")
+            raise ConfigError(f"{key}.images: {images} needs `root`, the folder that torchvision keeps it in")
     elif images.is_file():
         if images.suffix not in (".csv", ".parquet"):
             raise ConfigError(f"{key}.images: {images}: expected a folder, FILE.csv, FILE.parquet or torchvision:NAME")

@@ -178,7 +178,7 @@ def test_a_probe_is_scikit_learns_on_the_clips_embeddings(clip, tmp_path):
         ({"test": ZeroShotConfig(images=Path(), templates=["{} {}"])}, r"probe\.x\.test\.templates: '\{\} \{\}' needs"),
         (
             {"train": ZeroShotConfig(images=Path("torchvision:MNIST"))},
-            r"train\.root: torchvision:MNIST needs",
+            r"train\.images: torchvision:MNIST needs `root`",
         ),
         ({"train": ZeroShotConfig(images=Path(), root=Path())}, r"probe\.x\.train\.root: it is for torchvision's"),
         ({"train": ZeroShotConfig(images=PAGE)}, r"probe\.x\.train\.images: .*evaluation\.md: expected a folder, FILE"),

@@ -217,11 +217,16 @@ MISSING = [
     case("data.dataset", "empty", "data.dataset: empty: an empty folder; expected a dataset"),
     case("data.replay_dataset", "nowhere", "data.replay_dataset: nowhere: no such", data__replay=0.5),
     case("evaluate.retrieval.flowers", "nowhere", "evaluate.retrieval.flowers: nowhere: no such folder"),
-    case("evaluate.zero_shot.c", {"images": "colours", "templates": "cifr10"}, "Did you mean 'cifar10'?"),
+    case(
+        "evaluate.zero_shot.c",
+        {"images": "colours", "templates": "cifr10"},
+        "evaluate.zero_shot.c.templates: ",
+        "Did you mean 'cifar10'?",
+    ),
     case(
         "evaluate.zero_shot.c",
         {"images": "torchvision:CIFAR10"},
-        "evaluate.zero_shot.c.root: torchvision:CIFAR10 needs",
+        "evaluate.zero_shot.c.images: torchvision:CIFAR10 ",
     ),
     case(
         "evaluate.zero_shot.c", {"images": "colours", "root": "."}, "evaluate.zero_shot.c.root: it is for torchvision's"
