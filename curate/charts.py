@@ -141,6 +141,45 @@ def _line(plot: _Plot, number: int, name: str, points: Sequence[tuple[float, flo
             )
 
 
+def scatter(points: Mapping[str, tuple[float, float]], *, log_x: bool = False, label: str = "") -> Markup:
+    """Dots with their names beside them; points that are not finite are left out.
+
+    Args:
+        points: name → (x, y).
+        log_x: x on a logarithmic scale, for amounts above 0.
+        label: what the chart shows, for a screen reader.
+    """
+    finite = {name: at for name, at in points.items() if all(map(math.isfinite, at)) and (at[0] > 0 or not log_x)}
+    if not finite:
+        return Markup("")
+    xs, ys = [x for x, _ in finite.values()], [y for _, y in finite.values()]
+    margin = (max(ys) - min(ys)) * 0.08 or abs(ys[0]) * 0.08 or 0.5
+    if log_x:
+        plot: _Plot = _LogPlot(min(xs) / 1.3, max(xs) * 1.3, min(ys) - margin, max(ys) + margin)
+    else:
+        aside = (max(xs) - min(xs)) * 0.08 or abs(xs[0]) * 0.08 or 0.5
+        plot = _Plot(min(xs) - aside, max(xs) + aside, min(ys) - margin, max(ys) + margin)
+    marks = [_named_dot(plot, number, name, *at) for number, (name, at) in enumerate(finite.items())]
+    return plot.svg(marks, label or ", ".join(finite))
+
+
+def _named_dot(plot: _Plot, number: int, name: str, x: float, y: float) -> Markup:
+    right = plot.x(x) > (LEFT + WIDTH) / 2  # the name goes where there is room
+    return Markup(
+        '<circle class="dot line-{}" cx="{}" cy="{}" r="4"><title>{}</title></circle>'
+        '<text class="tick {}" x="{}" y="{}">{}</text>'
+    ).format(
+        number % 6,
+        f"{plot.x(x):.1f}",
+        f"{plot.y(y):.1f}",
+        visible(f"{name}: {y:.4g} at {x:.4g}"),
+        "end" if right else "start",
+        f"{plot.x(x) + (-7 if right else 7):.1f}",
+        f"{plot.y(y) + 4:.1f}",
+        visible(name if len(name) <= 32 else f"…{name[-31:]}"),
+    )
+
+
 def change(
     before: tuple[float, float, float], after: tuple[float, float, float], low: float, high: float, verdict: str
 ) -> Markup:
@@ -185,9 +224,12 @@ class _Plot:
     def y(self, value: float) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - self.bottom) / (self.top - self.bottom)
 
+    def x_ticks(self) -> list[float]:
+        return ticks(self.left, self.right, 8)
+
     def svg(self, marks: Sequence[Markup], label: str) -> Markup:
         grid = [self._grid(value) for value in ticks(self.bottom, self.top, 4)]
-        axis = [self._tick(value) for value in ticks(self.left, self.right, 8)]
+        axis = [self._tick(value) for value in self.x_ticks()]
         return Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}{}</svg>').format(
             WIDTH, HEIGHT, visible(label), Markup("").join(grid), Markup("").join(marks), Markup("").join(axis)
         )
@@ -202,6 +244,20 @@ class _Plot:
         return Markup('<text class="tick middle" x="{}" y="{}">{}</text>').format(
             f"{self.x(value):.1f}", HEIGHT - BOTTOM + 18, short(value)
         )
+
+
+class _LogPlot(_Plot):
+    """A plot whose x axis is logarithmic, with ticks at 1, 2, 5 × 10ⁿ."""
+
+    def x(self, value: float) -> float:
+        share = math.log(value / self.left) / math.log(self.right / self.left)
+        return LEFT + (WIDTH - LEFT - RIGHT) * share
+
+    def x_ticks(self) -> list[float]:
+        powers = range(math.floor(math.log10(self.left)), math.ceil(math.log10(self.right)) + 1)
+        steps = (1, 2, 5) if self.right < 1000 * self.left else (1,)
+        found = [float(f"{factor * 10.0**power:.6g}") for power in powers for factor in steps]
+        return [value for value in found if self.left <= value <= self.right]
 
 
 def _rect(kind: str, x: float, y: float, width: float, height: float, title: str) -> Markup:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from curate.errors import ConfigError
 from curate.keys import shown
-from finetune.config import ClipConfig, EvaluateConfig
+from finetune.config import ClipConfig, EvaluateConfig, ProbeConfig, RobustnessConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,15 @@ class EvaluateOptions:
     """Which split of it."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """Named sets; the first run's own where none is given."""
+    probe: dict[str, ProbeConfig] = field(default_factory=dict)
+    """Named linear probes, each with the zero-shot classification of its test images beside it."""
+    robustness: dict[str, RobustnessConfig] = field(default_factory=dict)
+    """By the name of a zero-shot set: another, whose classes it has."""
+    out: Path | None = None
+    """Write the figures here: a table to FILE.md or FILE.csv, everything (changes against the first CLIP with paired
+    intervals, confusion, robustness) to FILE.json."""
+    plot: Path | None = None
+    """Write the plots of the paper to this FILE.html: score against GFLOPs an image, zero-shot against probes."""
     batch_size: int = 256
     """Images and captions encoded at once."""
     device: str = "auto"
@@ -95,6 +104,18 @@ class ReportOptions:
 
     run: Path
     """Folder of a run (`out` of `finetune fit`)."""
+
+
+def check_files(options: EvaluateOptions) -> None:
+    """Check the files that `finetune evaluate` is to write.
+
+    Raises:
+        ConfigError: one line, beginning with the key.
+    """
+    if options.batch_size < 1:
+        raise ConfigError(f"batch_size: expected at least 1, got {options.batch_size}")
+    _check_ending("out", options.out, (".md", ".csv", ".json"))
+    _check_ending("plot", options.plot, (".html",))
 
 
 def check_predict(

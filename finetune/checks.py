@@ -9,17 +9,29 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from curate.errors import ConfigError, did_you_mean
-from curate.keys import shown
 from curate.shards import SPLITS, shard_folder, shards_of
-from finetune.config import SHARDED, WEIGHTS, ClipConfig, DataConfig, EvaluateConfig, FitConfig, TrainerConfig
+from finetune.config import (
+    SHARDED,
+    TORCHVISION,
+    WEIGHTS,
+    ClipConfig,
+    DataConfig,
+    EvaluateConfig,
+    FitConfig,
+    LabelledConfig,
+    ProbeConfig,
+    RobustnessConfig,
+    TrainerConfig,
+)
 from finetune.keep import USUAL_GAIN, goal
+from finetune.templates import templates_of
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 RETRIEVAL_METRICS = ("recall@1", "recall@5", "recall@10", "median_rank", "map")
@@ -283,14 +295,74 @@ def _check_evaluation(config: EvaluateConfig) -> None:
     for name, zero_shot in config.zero_shot.items():
         key = f"evaluate.zero_shot.{name}"
         _check_name(key, name)
-        if not zero_shot.images.is_dir():
-            raise ConfigError(
-                f"{key}.images: {zero_shot.images}: no such folder; expected one with a sub-folder a class"
-            )
-        if not zero_shot.templates:
-            raise ConfigError(f"{key}.templates: needs at least one, such as 'a photo of a {{}}.'")
-        if wrong := [text for text in zero_shot.templates if text.count("{}") != 1]:
-            raise ConfigError(f"{key}.templates: {shown(wrong[0])} needs exactly one {{}}, where the class's name goes")
+        _check_labelled(key, zero_shot)
+        if zero_shot.templates is not None:
+            templates_of(zero_shot.templates, f"{key}.templates")
+
+
+def check_probes(probes: Mapping[str, ProbeConfig], zero_shot: Collection[str]) -> None:
+    """Check the linear probes of `finetune evaluate`.
+
+    Args:
+        probes: by name.
+        zero_shot: names of the zero-shot sets, which a probe's test images are one of.
+
+    Raises:
+        ConfigError: one line, beginning with the key.
+    """
+    for name, probe in probes.items():
+        key = f"probe.{name}"
+        _check_name(key, name)
+        if name in zero_shot:
+            raise ConfigError(f"{key}: a zero-shot set has this name, which that of the probe's test images has too")
+        if wrong := [shots for shots in probe.shots if shots < 1]:
+            raise ConfigError(f"{key}.shots: expected at least 1, got {wrong[0]}")
+        if probe.seed < 0:
+            raise ConfigError(f"{key}.seed: expected 0 or more, got {probe.seed}")
+        for split in ("train", "validation", "test"):
+            if found := getattr(probe, split):
+                _check_labelled(f"{key}.{split}", found)
+        if probe.test.templates is not None:
+            templates_of(probe.test.templates, f"{key}.test.templates")
+
+
+def check_robustness(shifted: Mapping[str, RobustnessConfig], sets: Collection[str]) -> None:
+    """Check the comparison of shifted sets with their references.
+
+    Args:
+        shifted: by the name of the shifted set.
+        sets: names of the zero-shot sets that there are.
+
+    Raises:
+        ConfigError: one line, beginning with the key.
+    """
+    for name, asked in shifted.items():
+        key = f"robustness.{name}"
+        for where, each in ((key, name), (f"{key}.reference", asked.reference)):
+            if each not in sets:
+                raise ConfigError(f"{where}: no zero-shot set '{each}'.{did_you_mean(each, sets)}")
+        if asked.reference == name:
+            raise ConfigError(f"{key}.reference: expected another set than the shifted one itself")
+        if wrong := [share for pair in asked.baseline for share in pair if not 0 <= share <= 1]:
+            raise ConfigError(f"{key}.baseline: expected shares, 0 to 1, got {wrong[0]}")
+        if asked.baseline and len({reference for reference, _ in asked.baseline}) < 2:
+            raise ConfigError(f"{key}.baseline: a line needs two models of different accuracy on {asked.reference}")
+
+
+def _check_labelled(key: str, labelled: LabelledConfig) -> None:
+    images = labelled.images
+    if str(images).startswith(TORCHVISION):
+        if labelled.root is None:
+            raise ConfigError(f"{key}.images: {images} needs `root`, the folder that torchvision keeps it in")
+    elif images.is_file():
+        if images.suffix not in (".csv", ".parquet"):
+            raise ConfigError(f"{key}.images: {images}: expected a folder, FILE.csv, FILE.parquet or torchvision:NAME")
+    elif not images.is_dir():
+        raise ConfigError(f"{key}.images: {images}: no such folder; expected one with a sub-folder a class, or a table")
+    elif labelled.root is not None:
+        raise ConfigError(f"{key}.root: it is for torchvision's sets; {images} needs none")
+    if labelled.classes and not labelled.classes.is_file():
+        raise ConfigError(f"{key}.classes: {labelled.classes}: no such file; expected the name of a class on each line")
 
 
 def _check_name(key: str, name: str) -> None:

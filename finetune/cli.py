@@ -11,7 +11,7 @@ import logging
 import sys
 from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +25,17 @@ from finetune.arguments import (
     FiguresOptions,
     PredictOptions,
     ReportOptions,
+    check_files,
     check_predict,
 )
-from finetune.checks import check
+from finetune.checks import check, check_probes, check_robustness
 from finetune.config import ClipConfig, FitConfig
 
 if TYPE_CHECKING:
     from curate.clip import Clip
+    from finetune.comparison import Compared
     from finetune.embedding import Pictures
+    from finetune.evaluate import Evaluation
     from finetune.search import Queries
     from finetune.sets import EvaluationSets
 
@@ -66,6 +69,7 @@ HELP = {
 
           finetune evaluate --clip.name ViT-B/32 --clip.pretrained openai --run runs/domain \\
               --evaluate.zero_shot.digits.images digits/ --evaluate.retrieval.flowers flowers/
+          finetune evaluate --models ViT-B/32 runs/domain --config sets.yaml --out table.md --plot plots.html
         """,
     "predict": """
         Probabilities of free texts for images, their embeddings, or search in a dataset by text or image.
@@ -131,6 +135,9 @@ def build_parser() -> ArgumentParser:
         if name == "evaluate":
             command.add_argument(
                 "--run", nargs="+", type=Path, default=[], help="Folders of runs, or checkpoint files."
+            )
+            command.add_argument(
+                "--models", nargs="+", type=str, default=[], help="CLIPs by one word each, as --model of predict."
             )
         if name == "predict":
             command.add_argument("--images", nargs="+", type=Path, default=[], help="Files, folders, or a dataset.")
@@ -201,31 +208,55 @@ def _figures_of_run(options: FiguresOptions, split: str, *, as_json: bool) -> No
     config = run_config(options.run)
     sets = dataset_sets(config.evaluate, config.data.dataset, split)
     clip = load_trained_clip(checkpoint_of(options.run, options.checkpoint), options.device)
-    figures = _evaluate(clip, sets, config.data.eval_batch_size)
+    figures = _evaluation(clip, sets, config.data.eval_batch_size).summary()
     _show_figures({str(options.run): figures}, as_json=as_json)
 
 
 def evaluate(options: Namespace) -> None:
     """Figures of several CLIPs in one table."""
     chosen = as_config(options, EvaluateOptions)
+    check_files(chosen)
+    check_probes(chosen.probe, chosen.evaluate.zero_shot)
     sets = _sets(chosen, options.run)
-    if not chosen.clip and not options.run:
-        raise ConfigError("evaluate: give --clip.name (and --clip.pretrained), or --run, or both")
-    summaries = {}
-    for name, load in _clips(chosen.clip, options.run, chosen.checkpoint, chosen.device).items():
-        summaries[name] = _evaluate(load(), sets, chosen.batch_size)
-    _show_figures(summaries, as_json=options.get("json", False))
+    check_robustness(chosen.robustness, [*(each.name for each in sets.zero_shot), *(each.name for each in sets.probes)])
+    if not (chosen.clip or options.run or options.models):
+        raise ConfigError("evaluate: give --models, --clip.name (and --clip.pretrained), or --run, or several of them")
+    from finetune import comparison
+    from finetune.evaluate import compare
+
+    comparison.check_same_classes(chosen.robustness, sets)
+    clips = _clips(chosen.clip, options.run, chosen.checkpoint, chosen.device) | _named_clips(
+        options.models, chosen.device
+    )
+    compared = [_compared(name, load(), sets, chosen.batch_size) for name, load in clips.items()]
+    found = comparison.document(compared, sets, chosen.robustness)
+    if chosen.out:
+        comparison.write(found, chosen.out)
+    if chosen.plot:
+        comparison.write_plots(found, chosen.plot)
+    _show_figures(found["figures"], as_json=options.get("json", False))
+    if len(compared) == 2 and not options.get("json"):
+        from finetune.tables import change_table, show
+
+        show(change_table(compare(compared[0].evaluation, compared[1].evaluation)))
+
+
+def _compared(name: str, clip: Clip, sets: EvaluationSets, batch_size: int) -> Compared:
+    from finetune.comparison import Compared
+    from finetune.summary import gflops
+
+    return Compared(name, _evaluation(clip, sets, batch_size), gflops(clip)[0])
 
 
 def _sets(options: EvaluateOptions, runs: Sequence[Path]) -> EvaluationSets:
     from finetune.runs import run_config
-    from finetune.sets import dataset_sets, evaluation_sets
+    from finetune.sets import dataset_sets, evaluation_sets, probe_set
 
-    named = options.evaluate
+    named, probes = options.evaluate, [probe_set(*each) for each in options.probe.items()]
     if options.dataset:
-        return dataset_sets(named, options.dataset, options.split)
-    if named.retrieval or named.zero_shot:
-        return evaluation_sets(named)
+        return replace(dataset_sets(named, options.dataset, options.split), probes=probes)
+    if named.retrieval or named.zero_shot or probes:
+        return replace(evaluation_sets(named), probes=probes)
     if not runs:
         raise ConfigError(
             "evaluate: nothing to evaluate on; give --dataset, --evaluate.retrieval or --evaluate.zero_shot"
@@ -249,12 +280,16 @@ def _clips(
     return found
 
 
-def _evaluate(clip: Clip, sets: EvaluationSets, batch_size: int) -> dict[str, dict[str, float]]:
+def _named_clips(names: Sequence[str], device: str) -> dict[str, Callable[[], Clip]]:
+    from finetune.runs import load_named
+
+    return {name: lambda name=name: load_named(name, device) for name in names}  # type: ignore[misc]
+
+
+def _evaluation(clip: Clip, sets: EvaluationSets, batch_size: int) -> Evaluation:
     from finetune.evaluate import evaluate_clip
 
-    return evaluate_clip(
-        clip.model, clip.preprocess, clip.tokenizer, sets, device=clip.device, batch_size=batch_size
-    ).summary()
+    return evaluate_clip(clip.model, clip.preprocess, clip.tokenizer, sets, device=clip.device, batch_size=batch_size)
 
 
 def _show_figures(summaries: dict[str, dict[str, dict[str, float]]], *, as_json: bool) -> None:

@@ -15,6 +15,7 @@ from curate.errors import ConfigError
 PROJECTIONS = ("q", "k", "v", "out", "fc", "proj", "projection", "conv", "pool")
 TOWERS = ("image", "text")
 SHARDED = "fsdp2"  # trainer.strategy
+TORCHVISION = "torchvision:"  # before the name of one of its datasets
 WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")  # of files whose architecture is read from their shapes
 Precision = Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true"]
 # Arguments of lightning.Trainer that are no keys here: what stands in their place.
@@ -363,13 +364,61 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroShotConfig:
-    """A zero-shot classification of a labelled folder: one sub-folder a class, named after it."""
+class LabelledConfig:
+    """Images, each of one class."""
 
     images: Path
-    """Folder of class folders, or a folder of images with a labels.csv (columns image,label)."""
-    templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])
-    """Prompt templates; a class's embedding is the normalised mean of its normalised prompt embeddings."""
+    """Folder of class folders, or of images with a labels.csv; a table (FILE.csv, FILE.parquet) with a column of
+    paths and one of labels; a folder as CLIP_benchmark writes it (webdataset); torchvision:CIFAR10 or another name."""
+    split: str = "test"
+    """Of torchvision's and CLIP_benchmark's sets."""
+    root: Path | None = None
+    """Of torchvision's sets: the folder that they are in."""
+    download: bool = False
+    """Let torchvision download the set into root if it is not there."""
+    classes: Path | None = None
+    """Text file with the classes' names, one a line: labels that are numbers count its lines from 0."""
+    image_column: str = "image"
+    """Of a table: paths, from the table's folder on."""
+    label_column: str = "label"
+    """Of a table: names of classes, or with `classes` their numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotConfig(LabelledConfig):
+    """A zero-shot classification of labelled images."""
+
+    templates: list[str] | str | None = None
+    """Prompt templates, or the name of a list: imagenet (OpenAI's 80), cifar10, food101, … (finetune/templates.json);
+    null: those that a set of CLIP_benchmark's brings, else "a photo of a {}." A class's embedding is the normalised
+    mean of its normalised prompt embeddings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """A linear probe: logistic regression on the image tower's embeddings, beside the zero-shot classifier."""
+
+    train: LabelledConfig
+    """Labelled images to fit it on."""
+    validation: LabelledConfig | None = None
+    """Labelled images to choose its penalty on; null: four folds of train. All of both fit the final one."""
+    test: ZeroShotConfig
+    """Labelled images that are counted, for the probe and zero-shot."""
+    shots: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    """Also fit probes on so many images of each class, drawn by seed; [] for none."""
+    seed: int = 0
+    """Of that draw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustnessConfig:
+    """A zero-shot set with the same classes as another, the images of which come from elsewhere."""
+
+    reference: str
+    """The other: its name in evaluate.zero_shot."""
+    baseline: list[tuple[float, float]] = field(default_factory=list)
+    """Top-1 of other models on (reference, this), at least two: the line that accuracy on the one predicts the other
+    by. Without it the table has the accuracies alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,8 @@ from curate.errors import ConfigError, InputError, UnwantedResult
 from curate.keys import shown
 from curate.shards import MemberReader, read_index, shard_folder, shards_of
 from finetune.evaluate import Encoder, pixel_batches
+from finetune.images import FileImages, Images, TarImages, image_files
 from finetune.prompts import openai_imagenet_templates, zero_shot_classifier
-from finetune.sets import FileImages, Images, TarImages, image_files
 
 logger = logging.getLogger("cliptailor")
 

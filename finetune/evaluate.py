@@ -5,6 +5,7 @@ their intervals, and the paired intervals of what training changed. Metric names
 
     val/image_to_text/recall@1   val/text_to_image/median_rank   val/text_to_image/map
     zero_shot/digits/top1        zero_shot/digits/per_class_mean zero_shot/digits/ece
+    probe/digits/top1            probe/digits/4_shot/top1        (linear probes: finetune/probe.py)
 
 A recall@k or top-k with no more than k candidates is always 1 and left out.
 
@@ -32,6 +33,8 @@ from PIL import Image
 
 from curate.errors import InputError
 from finetune.calibration import calibrated
+from finetune.images import Images
+from finetune.labelled import Labelled
 from finetune.metrics import (
     Outcomes,
     bootstrap_interval,
@@ -44,8 +47,9 @@ from finetune.metrics import (
     recall_at,
     retrieve,
 )
+from finetune.probe import draw_shots, probe
 from finetune.prompts import zero_shot_classifier
-from finetune.sets import EvaluationSets, Images, RetrievalSet, ZeroShotSet
+from finetune.sets import EvaluationSets, ProbeSet, RetrievalSet, ZeroShotSet
 
 logger = logging.getLogger("cliptailor")
 
@@ -101,6 +105,12 @@ class Ranking:
             "ece_fitted": calibration_error(self.calibrated, right),
         }
 
+    def confusion(self) -> list[list[int]]:
+        """Images of each class (row) that were taken for each class (column)."""
+        counts = np.zeros((self.candidates, self.candidates), dtype=np.int64)
+        np.add.at(counts, (self.labels or [], self.predicted), 1)
+        return [list(map(int, row)) for row in counts]
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
@@ -135,6 +145,13 @@ class Evaluation:
             low, high = bootstrap_interval(outcomes)
             table[metric] = {"value": outcomes.value, "low": low, "high": high, "n": len(outcomes.values)}
         return table
+
+    def confusion(self) -> dict[str, list[list[int]]]:
+        """By classification: how many images of each class (row) were taken for each class (column).
+
+        scikit-learn's `confusion_matrix` over all classes, also those that do not occur.
+        """
+        return {task: ranking.confusion() for task, ranking in self.rankings.items() if ranking.labels is not None}
 
     def to_json(self) -> str:
         """Everything, as text that `from_json` reads back."""
@@ -205,6 +222,9 @@ def evaluate_clip(
         for zero_shot in sets.zero_shot:
             logger.info("evaluating zero_shot/%s: %d images", zero_shot.name, len(zero_shot.images))
             rankings[f"zero_shot/{zero_shot.name}"] = _classify(towers, zero_shot)
+        for probes in sets.probes:
+            logger.info("probing probe/%s: %d images to learn from", probes.name, len(probes.train.images))
+            rankings |= _probe(towers, probes)
     return Evaluation(sets.fingerprint, rankings, examples)
 
 
@@ -258,11 +278,40 @@ def _best_images(image_ND: torch.Tensor, caption_MD: torch.Tensor) -> dict[str, 
 
 
 def _classify(towers: Encoder, task: ZeroShotSet) -> Ranking:
-    classifier_CD = zero_shot_classifier(towers.captions, task.classes, task.templates)
-    score_NC = towers.images(task.images) @ classifier_CD.T
+    return _ranked(_zero_shot_scores(towers, task, towers.images(task.images)), task, towers.model.logit_scale.exp())
+
+
+def _zero_shot_scores(towers: Encoder, task: ZeroShotSet, image_ND: torch.Tensor) -> torch.Tensor:
+    return image_ND @ zero_shot_classifier(towers.captions, task.classes, task.templates).T
+
+
+def _probe(towers: Encoder, task: ProbeSet) -> dict[str, Ranking]:
+    """Zero-shot, the probe on all labels and those on a few of each class, on the same embeddings of the test images.
+
+    The features are the L2-normalised embeddings, as CLIP_benchmark's. (The paper's are those before the projection.)
+    """
+    classes = len(task.test.classes)
+    test_ND, train = towers.images(task.test.images), _features(towers, task.train)
+    validation = _features(towers, task.validation) if task.validation else None
+    zero_shot_NC = _zero_shot_scores(towers, task.test, test_ND)
+    found = {f"zero_shot/{task.name}": _ranked(zero_shot_NC, task.test, towers.model.logit_scale.exp())}
+    for shots in task.shots:
+        drawn = draw_shots(train[1], shots, task.seed).to(test_ND.device)
+        fitted = probe((train[0][drawn], train[1][drawn]), None, classes)
+        found[f"probe/{task.name}/{shots}_shot"] = _ranked(fitted.scores(test_ND), task.test)
+    found[f"probe/{task.name}"] = _ranked(probe(train, validation, classes).scores(test_ND), task.test)
+    return found
+
+
+def _features(towers: Encoder, of: Labelled) -> tuple[torch.Tensor, torch.Tensor]:
+    feature_ND = towers.images(of.images)
+    return feature_ND, torch.tensor(of.labels, device=feature_ND.device)
+
+
+def _ranked(score_NC: torch.Tensor, task: ZeroShotSet, scale: torch.Tensor | float = 1.0) -> Ranking:
     label_N = torch.tensor(task.labels, device=score_NC.device)
     # As a user of the classifier would have them; SigLIP's logit_bias is the same for all classes.
-    logit_NC = towers.model.logit_scale.exp() * score_NC
+    logit_NC = scale * score_NC
     predicted_N = score_NC.argmax(1)
     # Rounded: they are kept for every image, and further digits are the device's, not the model's.
     confidence_N, calibrated_N = (

@@ -216,9 +216,12 @@ def calibration_error(confidence_N: Sequence[float], right_N: Sequence[bool]) ->
 
 def bootstrap_interval(outcomes: Outcomes, *, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
     """Percentile bootstrap interval (low, high) of a metric over its samples (Efron 1979), seeded."""
-    return _percentiles(
-        np.concatenate([outcomes.of(drawn_SN) for drawn_SN in _draws(len(outcomes.values), seed)]), level
-    )
+    return percentiles(resampled(outcomes, seed), level)
+
+
+def resampled(outcomes: Outcomes, seed: int = 0) -> NDArray[np.float64]:
+    """The metric of each bootstrap resample (S,)."""
+    return np.concatenate([outcomes.of(drawn_SN) for drawn_SN in _draws(len(outcomes.values), seed)])
 
 
 def paired_bootstrap(before: Outcomes, after: Outcomes, *, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
@@ -230,7 +233,7 @@ def paired_bootstrap(before: Outcomes, after: Outcomes, *, level: float = 0.95, 
     if len(before.values) != len(after.values):
         raise ValueError(f"not the same samples: {len(before.values)} before, {len(after.values)} after")
     changes = [after.of(drawn_SN) - before.of(drawn_SN) for drawn_SN in _draws(len(after.values), seed)]
-    return _percentiles(np.concatenate(changes), level)
+    return percentiles(np.concatenate(changes), level)
 
 
 def _draws(samples: int, seed: int) -> Iterator[NDArray[np.int64]]:
@@ -241,6 +244,7 @@ def _draws(samples: int, seed: int) -> Iterator[NDArray[np.int64]]:
         yield rng.integers(0, samples, (min(rows, RESAMPLES - first), samples))
 
 
-def _percentiles(value_S: NDArray[np.float64], level: float) -> tuple[float, float]:
+def percentiles(value_S: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
+    """The interval (low, high) that holds this share of the values, as many below it as above."""
     low, high = np.quantile(value_S, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -9,12 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from curate.errors import ConfigError
-
-
-def class_name(folder: str) -> str:
-    """What a class folder is called in a prompt: `palm_cockatoo` and `palm-cockatoo` → `palm cockatoo`."""
-    return " ".join(folder.replace("_", " ").replace("-", " ").split())
+from finetune.templates import templates_of
 
 
 def prompts(name: str, templates: Sequence[str]) -> list[str]:
@@ -23,12 +18,7 @@ def prompts(name: str, templates: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: no template, or one without exactly one `{}`.
     """
-    if not templates:
-        raise ConfigError("templates: needs at least one, such as 'a photo of a {}.'")
-    for template in templates:
-        if template.count("{}") != 1:
-            raise ConfigError(f"templates: '{template}' needs exactly one {{}}, where the class's name goes")
-    return [template.replace("{}", name) for template in templates]
+    return [template.replace("{}", name) for template in templates_of(templates)]
 
 
 def zero_shot_classifier(
@@ -50,7 +40,5 @@ def zero_shot_classifier(
 
 
 def openai_imagenet_templates() -> list[str]:
-    """OpenAI's 80 templates for ImageNet, as open_clip ships them."""
-    from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
-
-    return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
+    """OpenAI's 80 templates for ImageNet."""
+    return templates_of("imagenet")

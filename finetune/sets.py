@@ -1,4 +1,4 @@
-"""What is evaluated on: image–caption retrieval from datasets, zero-shot classification from labelled folders.
+"""What is evaluated on: image–caption retrieval from datasets, classification of labelled images (zero-shot, probes).
 
 A retrieval set has every distinct image and every distinct caption once, and the pairs of them that the dataset holds:
 an image with five captions is one image with five true captions, a caption that many images share is one caption with
@@ -12,20 +12,16 @@ Sets are read from files in a fixed order and sampled with a fixed seed, so `bef
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from curate.errors import ConfigError, InputError, did_you_mean
+from curate.errors import ConfigError, InputError
 from curate.shards import (
-    IMAGE_EXTENSIONS,
     SPLITS,
     MemberReader,
     SampleIndex,
@@ -34,75 +30,15 @@ from curate.shards import (
     shard_folder,
     shards_of,
 )
-from finetune.config import EvaluateConfig, ZeroShotConfig
-from finetune.prompts import class_name, prompts
+from finetune.config import EvaluateConfig, ProbeConfig, ZeroShotConfig
+from finetune.images import Images, TarImages
+from finetune.labelled import Labelled, captioned, is_benchmark, labelled
+from finetune.templates import USUAL, templates_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SAMPLE_SEED = 0
-
-
-class Images(Protocol):
-    """Images that can be opened by number."""
-
-    def __len__(self) -> int: ...
-
-    def open(self, number: int) -> Image.Image:
-        """The image, RGB.
-
-        Raises:
-            InputError: names the file; it is not a whole image.
-        """
-        ...
-
-
-def decode(content: bytes, where: str) -> Image.Image:
-    """The image in these bytes, RGB.
-
-    Raises:
-        InputError: `where` is not a whole image.
-    """
-    try:
-        return Image.open(io.BytesIO(content)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        # PIL's own words for bytes of no format are the address of our buffer.
-        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
-        raise InputError(f"{where}: not a readable image ({reason}); remove it or build the dataset again") from error
-
-
-@dataclass(frozen=True, slots=True)
-class TarImages:
-    """Images in the shards of a dataset: `places` are (tar, offset, size, key)."""
-
-    reader: MemberReader
-    places: list[tuple[int, int, int, str]]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def open(self, number: int) -> Image.Image:
-        """The image, RGB."""
-        tar, offset, size, key = self.places[number]
-        return decode(self.reader.read(tar, offset, size), f"{self.reader.tars[tar]}: sample {key}")
-
-
-@dataclass(frozen=True, slots=True)
-class FileImages:
-    """Images in files."""
-
-    paths: list[Path]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def open(self, number: int) -> Image.Image:
-        """The image, RGB."""
-        path = self.paths[number]
-        try:
-            return decode(path.read_bytes(), str(path))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +56,22 @@ class ZeroShotSet:
     """Images, the number of each one's class, the classes' names, and the prompts' templates."""
 
     name: str
-    images: FileImages
+    images: Images
     labels: list[int]
     classes: list[str]
     templates: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeSet:
+    """Labelled images to fit a linear probe on, to choose its penalty on, and to count; one list of classes."""
+
+    name: str
+    train: Labelled
+    validation: Labelled | None
+    test: ZeroShotSet
+    shots: tuple[int, ...]
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +80,20 @@ class EvaluationSets:
 
     retrieval: list[RetrievalSet]
     zero_shot: list[ZeroShotSet]
+    probes: list[ProbeSet] = field(default_factory=list)
 
     @property
     def fingerprint(self) -> str:
         """The same for the same samples, captions, classes and templates."""
-        retrieval = [(s.name, [place[3] for place in s.images.places], s.captions) for s in self.retrieval]
-        zero_shot = [
-            (s.name, [path.name for path in s.images.paths], s.labels, s.classes, s.templates) for s in self.zero_shot
+        retrieval = [(s.name, s.images.names, s.captions) for s in self.retrieval]
+        zero_shot = [(s.name, s.images.names, s.labels, s.classes, s.templates) for s in self.zero_shot]
+        if not self.probes:
+            return fingerprint(retrieval, zero_shot)
+        probes = [
+            (s.name, s.train.images.names, s.train.labels, s.test.images.names, s.test.labels, s.shots, s.seed)
+            for s in self.probes
         ]
-        return fingerprint(retrieval, zero_shot)
+        return fingerprint(retrieval, zero_shot, probes)
 
 
 def evaluation_sets(
@@ -165,9 +118,14 @@ def evaluation_sets(
     if taken := [name for name in config.retrieval if name in SPLITS]:
         raise ConfigError(f"evaluate.retrieval.{taken[0]}: this name is the dataset's own split's; choose another")
     indices = {split: read_index(dataset, split) for split in there} if dataset else {}
-    indices |= {name: _named_index(path) for name, path in config.retrieval.items()}
+    retrieval = [retrieval_set(name, index, config.max_retrieval) for name, index in indices.items() if len(index)]
+    for name, path in config.retrieval.items():
+        if is_benchmark(path):
+            retrieval.append(_distinct(name, *captioned(path, config.max_retrieval, SAMPLE_SEED)))
+        else:
+            retrieval.append(retrieval_set(name, _named_index(path), config.max_retrieval))
     return EvaluationSets(
-        [retrieval_set(name, index, config.max_retrieval) for name, index in indices.items() if len(index)],
+        retrieval,
         [zero_shot_set(name, zero_shot) for name, zero_shot in config.zero_shot.items()],
     )
 
@@ -204,83 +162,60 @@ def retrieval_set(name: str, index: SampleIndex, most: int) -> RetrievalSet:
     if len(index) > most:
         chosen = np.sort(np.random.default_rng(SAMPLE_SEED).choice(len(index), most, replace=False))
     rows = index.table.select(["tar", "image_offset", "image_size", "key", "caption"]).take(chosen).to_pylist()
-    reader = MemberReader(index.tars)
+    places = [(row["tar"], row["image_offset"], row["image_size"], str(row["key"])) for row in rows]
+    return _distinct(name, TarImages(MemberReader(index.tars), places), [[row["caption"] or ""] for row in rows])
+
+
+def _distinct(name: str, given: TarImages, captions_of: Sequence[Sequence[str]]) -> RetrievalSet:
     images: dict[bytes, int] = {}
     captions: dict[str, int] = {}
     places: list[tuple[int, int, int, str]] = []
     texts: list[str] = []
     pairs: set[tuple[int, int]] = set()
-    for row in rows:
-        place = (row["tar"], row["image_offset"], row["image_size"], str(row["key"]))
-        content = hashlib.sha256(reader.read(*place[:3])).digest()
-        caption = " ".join((row["caption"] or "").split())
+    for place, captions_here in zip(given.places, captions_of, strict=True):
+        content = hashlib.sha256(given.reader.read(*place[:3])).digest()
         image = images.setdefault(content, len(images))
-        text = captions.setdefault(caption.casefold(), len(captions))
         places += [place] if image == len(places) else []
-        texts += [caption] if text == len(texts) else []
-        pairs.add((image, text))
-    return RetrievalSet(name, TarImages(reader, places), texts, np.array(sorted(pairs), dtype=np.int64))
+        for words in captions_here:
+            caption = " ".join(words.split())
+            text = captions.setdefault(caption.casefold(), len(captions))
+            texts += [caption] if text == len(texts) else []
+            pairs.add((image, text))
+    return RetrievalSet(name, TarImages(given.reader, places), texts, np.array(sorted(pairs), dtype=np.int64))
 
 
-def zero_shot_set(name: str, config: ZeroShotConfig) -> ZeroShotSet:
-    """The images of a labelled folder.
+def zero_shot_set(name: str, config: ZeroShotConfig, key: str | None = None) -> ZeroShotSet:
+    """Labelled images, and the prompts of their classes: those asked for, else the set's own, else the usual one.
 
     Raises:
-        ConfigError: a template without exactly one `{}`.
-        InputError: no such folder, no images, fewer than two classes, a bad labels.csv.
+        ConfigError: a template without exactly one `{}`, a name that is no list of templates.
+        InputError: as `labelled`.
     """
-    folder = config.images
-    prompts("", config.templates)
-    if not folder.is_dir():
-        raise InputError(
-            f"evaluate.zero_shot.{name}.images: {folder}: no such folder; expected one with a sub-folder a class"
-        )
-    labelled = _from_csv(folder) if (folder / "labels.csv").is_file() else _from_folders(folder)
-    classes = sorted({label for _, label in labelled})
-    if len(classes) < 2:
-        raise InputError(f"{folder}: {len(classes)} class; expected at least two sub-folders, or a labels.csv")
-    number = {label: place for place, label in enumerate(classes)}
-    return ZeroShotSet(
-        name,
-        FileImages([path for path, _ in labelled]),
-        [number[label] for _, label in labelled],
-        [class_name(label) for label in classes],
-        list(config.templates),
-    )
+    key = key or f"evaluate.zero_shot.{name}"
+    asked = None if config.templates is None else templates_of(config.templates, f"{key}.templates")
+    found = labelled(config, key)
+    templates = asked or found.templates or USUAL
+    return ZeroShotSet(name, found.images, found.labels, found.classes, list(templates))
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files in a folder and its sub-folders, sorted; hidden ones left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+def probe_set(name: str, config: ProbeConfig) -> ProbeSet:
+    """The splits of a linear probe.
 
-
-def _from_folders(folder: Path) -> list[tuple[Path, str]]:
-    labelled = []
-    for of_class in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        found = image_files(of_class)
-        if not found:
-            raise InputError(f"{of_class}: no image in this class's folder; put some there or remove it")
-        labelled += [(path, of_class.name) for path in found]
-    return labelled
-
-
-def _from_csv(folder: Path) -> list[tuple[Path, str]]:
-    table = folder / "labels.csv"
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        columns = rows.fieldnames or []
-        for column in ("image", "label"):
-            if column not in columns:
-                raise InputError(f"{table}: no column '{column}'.{did_you_mean(column, columns)}")
-        labelled = [(folder / (row["image"] or ""), (row["label"] or "").strip()) for row in rows]
-    for line, (path, label) in enumerate(labelled, start=2):
-        if not label:
-            raise InputError(f"{table}: line {line} has no label")
-        if not path.is_file():
-            raise InputError(f"{table}: line {line}: {path}: no such image")
-    return labelled
+    Raises:
+        ConfigError: as `zero_shot_set`.
+        InputError: as `labelled`; or a split has other classes than the test split.
+    """
+    key = f"probe.{name}"
+    test = zero_shot_set(name, config.test, f"{key}.test")
+    train = labelled(config.train, f"{key}.train")
+    validation = labelled(config.validation, f"{key}.validation") if config.validation else None
+    for split, found in (("train", train), ("validation", validation)):
+        if found and found.classes != test.classes:
+            odd = sorted(set(found.classes) ^ set(test.classes)) or found.classes
+            raise InputError(
+                f"{key}.{split}: other classes than {key}.test, such as '{odd[0]}'; "
+                "name them all, in one order, in a file: classes"
+            )
+    if missing := set(range(len(train.classes))) - set(train.labels):
+        raise InputError(f"{key}.train: no image of class '{train.classes[min(missing)]}', so that it cannot be learnt")
+    return ProbeSet(name, train, validation, test, tuple(config.shots), config.seed)

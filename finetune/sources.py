@@ -21,7 +21,8 @@ from curate.errors import InputError
 from curate.pairs import Wanted, read_pairs
 from curate.shards import SampleIndex, fingerprint
 from finetune.config import DataConfig, SourceConfig
-from finetune.prompts import class_name, prompts
+from finetune.labelled import class_name
+from finetune.prompts import prompts
 from finetune.schedule import Passes
 
 if TYPE_CHECKING:

@@ -100,8 +100,9 @@ def gflops(clip: Clip) -> tuple[float, float]:
     """GFLOPs of one image and of one caption of a plain CLIP, two a multiply-add."""
     size = clip.preprocess_cfg["size"]
     height, width = (size, size) if isinstance(size, int) else size
-    pixels = torch.zeros(1, 3, height, width)
-    tokens = clip.tokenizer(["a photo"])
+    weight = next(p for p in clip.model.parameters() if p.is_floating_point())
+    pixels = torch.zeros(1, 3, height, width, device=weight.device, dtype=weight.dtype)
+    tokens = clip.tokenizer(["a photo"]).to(weight.device)
     return _count(clip.model.encode_image, pixels), _count(clip.model.encode_text, tokens)  # type: ignore[arg-type]
 
 

@@ -23,7 +23,7 @@ from curate.html import render
 from curate.shards import write_text
 from finetune.embedding import Pictures, embedded, find_pictures, image_embeddings, text_embeddings
 from finetune.examples import thumbnail
-from finetune.sets import Images
+from finetune.images import Images
 
 COLUMNS = ("query", "rank", "image", "similarity", "caption")
 MOST_THUMBNAILS = 1_500  # of a page that a browser opens at once: some 4 kB each

@@ -8,7 +8,8 @@ import torch
 
 from curate.clip import load_clip
 from curate.errors import ConfigError
-from finetune.prompts import class_name, openai_imagenet_templates, prompts, zero_shot_classifier
+from finetune.labelled import class_name
+from finetune.prompts import openai_imagenet_templates, prompts, zero_shot_classifier
 
 
 def test_class_embeddings_are_the_normalised_mean_of_normalised_prompt_embeddings():

@@ -143,7 +143,11 @@ TYPES = [
     kind("data.batch_size", {"train": 8}, "a whole number"),
     kind("data.dataset", ["bare"], "a path"),
     kind("data.crop_scale", [0.9, 1.0, 1.1], "a list of 2"),
-    kind("evaluate.zero_shot", ["colours"], "a mapping of names to keys (images, templates)"),
+    kind(
+        "evaluate.zero_shot",
+        ["colours"],
+        "a mapping of names to keys (images, split, root, download, classes, image_column, label_column, templates)",
+    ),
     kind("evaluate.retrieval.flowers", 3, "a path"),
     case("evaluate.zero_shot.a", {"images": "colours", "template": []}, "no key 'evaluate.zero_shot.a.template'"),
     kind("seed_everything", "random", "a whole number"),
@@ -218,6 +222,25 @@ MISSING = [
     case("data.dataset", "empty", "data.dataset: empty: an empty folder; expected a dataset"),
     case("data.replay_dataset", "nowhere", "data.replay_dataset: nowhere: no such", data__replay=0.5),
     case("evaluate.retrieval.flowers", "nowhere", "evaluate.retrieval.flowers: nowhere: no such folder"),
+    case(
+        "evaluate.zero_shot.c",
+        {"images": "colours", "templates": "cifr10"},
+        "evaluate.zero_shot.c.templates: ",
+        "Did you mean 'cifar10'?",
+    ),
+    case(
+        "evaluate.zero_shot.c",
+        {"images": "torchvision:CIFAR10"},
+        "evaluate.zero_shot.c.images: torchvision:CIFAR10 ",
+    ),
+    case(
+        "evaluate.zero_shot.c", {"images": "colours", "root": "."}, "evaluate.zero_shot.c.root: it is for torchvision's"
+    ),
+    case(
+        "evaluate.zero_shot.c",
+        {"images": "colours", "classes": "gone.txt"},
+        "evaluate.zero_shot.c.classes: gone.txt: no such file",
+    ),
     case("evaluate.zero_shot.c", {"images": "nowhere"}, "evaluate.zero_shot.c.images: nowhere: no such folder"),
     case("model.clip.name", "nowhere.json", "model.clip.name: nowhere.json: no such file"),
     case("model.clip.name", "weights/ViT-B-32.pt", "model.clip.name: weights/ViT-B-32.pt: no such file"),
