@@ -37,6 +37,7 @@ from finetune.sources import (
     split_pairs,
     training_set,
 )
+from finetune.trimming import Trim, trim_of
 
 logger = logging.getLogger("cliptailor")
 
@@ -116,6 +117,8 @@ class PairDataset(Dataset[Batch]):
     seed: int = 0
     templates: Sequence[Sequence[str]] = ()
     """Of each source: for captions that are labels."""
+    trim: Trim | None = None
+    """What cuts captions behind their ends."""
     reader: MemberReader = field(init=False)
 
     def __post_init__(self) -> None:
@@ -138,7 +141,8 @@ class PairDataset(Dataset[Batch]):
         tokens = self.tokenizer([self._caption(draw) for draw in draws])
         said = [self._ids(row, line) for row, line in zip(rows, tokens, strict=True)]
         group = torch.tensor([(*ids, image) for ids, image in zip(said, images, strict=True)])
-        return {"pixels": torch.stack(pixels), "tokens": tokens, "group": group, "row": torch.tensor(rows)}
+        seen = self.trim(tokens) if self.trim else tokens
+        return {"pixels": torch.stack(pixels), "tokens": seen, "group": group, "row": torch.tensor(rows)}
 
     def _caption(self, draw: Draw) -> str:
         source = self._sources[draw.row].as_py()
@@ -363,7 +367,7 @@ class CLIPDataModule(lightning.LightningDataModule):
         view = (
             TrainingView(clip.preprocess_cfg, self.config.crop_scale) if augmented else EvaluationView(clip.preprocess)
         )
-        dataset = PairDataset(index, view, clip.tokenizer, self.seed, self._training.templates)
+        dataset = PairDataset(index, view, clip.tokenizer, self.seed, self._training.templates, self._trim())
         made_from = fingerprint(data_fingerprint(self.config), self.seed, self.schedule.world_size)
         self._loader = TrainingLoader(dataset, self.schedule, self.config.num_workers, made_from)
         if self._position:
@@ -390,7 +394,7 @@ class CLIPDataModule(lightning.LightningDataModule):
         size = self.config.eval_batch_size
         batches = [draws[start : start + size] for start in range(0, len(draws), size)]
         clip = self._clip()
-        dataset = PairDataset(index, EvaluationView(clip.preprocess), clip.tokenizer)
+        dataset = PairDataset(index, EvaluationView(clip.preprocess), clip.tokenizer, trim=self._trim())
         return ValidationLoader(dataset, batches, self.config.num_workers)
 
     def _world(self) -> tuple[int, int]:
@@ -399,3 +403,8 @@ class CLIPDataModule(lightning.LightningDataModule):
     def _clip(self) -> Clip:
         clip: Clip = self.trainer.lightning_module.clip  # type: ignore[union-attr, assignment]
         return clip
+
+    def _trim(self) -> Trim | None:
+        module: Any = self.trainer.lightning_module if self.trainer else None
+        # Sharded, the embeddings of positions are in parts, too.
+        return None if module is None or module.is_sharded else trim_of(module.model)

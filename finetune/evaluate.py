@@ -50,6 +50,7 @@ from finetune.metrics import (
 from finetune.probe import draw_shots, probe
 from finetune.prompts import zero_shot_classifier
 from finetune.sets import EvaluationSets, ProbeSet, RetrievalSet, ZeroShotSet
+from finetune.trimming import encode_text, trim_of
 
 logger = logging.getLogger("cliptailor")
 
@@ -247,8 +248,10 @@ class Encoder:
     def captions(self, captions: list[str]) -> torch.Tensor:
         """Embeddings (M, D), float32, L2-normalised."""
         starts = range(0, len(captions), self.batch_size)
-        tokens = (self.tokenizer(captions[start : start + self.batch_size]).to(self.device) for start in starts)
-        return torch.cat([_normalised(self.model.encode_text(token_BL)) for token_BL in tokens])
+        trim = trim_of(self.model)
+        tokens = (self.tokenizer(captions[start : start + self.batch_size]) for start in starts)
+        trimmed = ((trim(token_BL) if trim else token_BL).to(self.device) for token_BL in tokens)
+        return torch.cat([_normalised(encode_text(self.model, token_BL)) for token_BL in trimmed])
 
 
 def _normalised(features_BD: torch.Tensor) -> torch.Tensor:

@@ -43,6 +43,7 @@ from finetune.losses import (
 )
 from finetune.optim import adamw, clamp_logit_scale, schedule, total_steps
 from finetune.start import Start, evaluating
+from finetune.trimming import encode_text
 
 Batch = dict[str, Tensor]
 Pair = tuple[Tensor, Tensor]
@@ -152,10 +153,10 @@ class CLIPModule(lightning.LightningModule):
             )
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Embeddings (B, D) of token ids (B, L), L2-normalised, at least float32."""
+        """Embeddings (B, D) of token ids (B, L), L2-normalised, at least float32; L may be less than the context's."""
         with self._gradient("text"):
             return in_parts(
-                lambda part: _normalised(self.model.encode_text(part)), tokens, self.compute.micro_batch_size
+                lambda part: _normalised(encode_text(self.model, part)), tokens, self.compute.micro_batch_size
             )
 
     def _gradient(self, tower: str) -> AbstractContextManager[None]:
