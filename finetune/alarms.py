@@ -23,7 +23,7 @@ from finetune.layers import tower_of
 logger = logging.getLogger("cliptailor")
 
 FALLEN = 0.25  # share of the effective rank at the start, below which embeddings have collapsed
-LEAST_CONTRAST = 0.05  # mean difference between logits, below which a softmax sees all the same
+LEAST_CONTRAST = 0.01  # mean difference between logits, below which a softmax sees all the same
 MOST = 256  # pairs that are looked at
 
 
@@ -55,7 +55,7 @@ def spread(embedding_BD: Tensor) -> Spread:
 class Alarms(lightning.Callback):
     """Stops a run whose loss or weights are no numbers; warns once when embeddings collapse; logs their spread.
 
-    They have collapsed where the logits of a batch hardly differ (mean cosine distance × logit factor below 0.05), or
+    They have collapsed where the logits of a batch hardly differ (mean cosine distance × logit factor below 0.01), or
     where their effective rank has fallen to a quarter of a pretrained CLIP's at the first look.
 
     Put it before the callbacks that save.

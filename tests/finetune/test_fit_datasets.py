@@ -92,7 +92,7 @@ def test_a_run_that_never_took_a_step_does_not_hold_its_folder(config, tmp_path)
 def test_a_dataset_that_is_not_there_is_told_before_anything_is_loaded(config, tmp_path):
     clip = replace(config.model.clip, name="no-such-clip")
     nowhere = replace(config, model=replace(config.model, clip=clip), data=DataConfig(dataset=tmp_path / "nowhere"))
-    with pytest.raises(InputError, match=r"nowhere: no train shard"):
+    with pytest.raises(InputError, match=r"nowhere: no such file or folder; expected a dataset"):
         fit(nowhere)
 
 

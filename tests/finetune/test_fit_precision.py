@@ -86,5 +86,5 @@ def test_clipping_works_with_a_loss_scaler(dataset, architectures, tmp_path):
 def test_a_strategy_that_shards_the_weights_is_refused():
     from curate.errors import ConfigError
 
-    with pytest.raises(ConfigError, match=r"trainer\.strategy: expected auto or ddp, got 'fsdp'"):
+    with pytest.raises(ConfigError, match=r"trainer\.strategy: expected auto, ddp or fsdp2, got 'fsdp'"):
         TrainerConfig(max_steps=1, strategy="fsdp")
