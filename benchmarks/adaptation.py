@@ -93,7 +93,9 @@ def split() -> None:
     web, _, closed = json.loads((RUN / "ports.json").read_text())
     allow = f'--fetch.allow_addresses=["127.0.0.0/8:{web}","127.0.0.0/8:{closed}"]'
     command = ["curate", "build", "--config", "configs/curate/demo.yaml", "--out", str(DATASET)]
-    _run([*command, "--urls", str(RUN / "lists/domain.parquet"), allow, "--pack.val", "0.15", "--pack.test", "0.2"])
+    run_command(
+        [*command, "--urls", str(RUN / "lists/domain.parquet"), allow, "--pack.val", "0.15", "--pack.test", "0.2"]
+    )
     shutil.rmtree(WORK, ignore_errors=True)
     captions = _extract("val", WORK / "val")
     digits = {path.name for path in (RUN / "test_digits").iterdir()}
@@ -131,7 +133,7 @@ def ours(name: str, seed: int, options: Sequence[str], steps: int) -> Figures:
     data = ["--data.dataset", str(DATASET), "--data.batch_size", str(BATCH)]
     sets = ["--evaluate.monitor", CHOOSING, "--evaluate.zero_shot.val_digits.images", str(WORK / "val_digits")]
     templates = ["--evaluate.zero_shot.val_digits.templates", '["a handwritten {}"]']
-    _run([*command, *common, *data, *sets, *templates, *options])
+    run_command([*command, *common, *data, *sets, *templates, *options])
     return evaluate(["--run", str(run)])
 
 
@@ -143,7 +145,7 @@ def open_clip(seed: int, rate: str, steps: int) -> Figures:
     data = ["--dataset-type", "csv", "--train-data", str(WORK / "train.csv"), "--workers", "1"]
     step = ["--batch-size", str(BATCH), "--epochs", str(epochs), "--lr", rate, "--warmup", str(steps // 16)]
     how = ["--precision", "fp32", "--device", "cpu", "--seed", str(seed), "--save-frequency", str(epochs)]
-    _run([*command, *data, *step, *how, "--logs", str(WORK / "runs"), "--name", name])
+    run_command([*command, *data, *step, *how, "--logs", str(WORK / "runs"), "--name", name])
     weights = WORK / "runs" / name / "checkpoints" / f"epoch_{epochs}.pt"
     return evaluate(["--clip.name", _architecture(), "--clip.pretrained", str(weights)])
 
@@ -167,11 +169,11 @@ def evaluate(clip: Sequence[str]) -> Figures:
         "retrieval": {"emoji": str(RUN / "general")},
     }
     sets.write_text(json.dumps({"dataset": str(DATASET), "split": "test", "evaluate": told}))
-    (read,) = json.loads(_run(["finetune", "evaluate", "--config", str(sets), *clip, "--json"])).values()
+    (read,) = json.loads(run_command(["finetune", "evaluate", "--config", str(sets), *clip, "--json"])).values()
     return {metric: cell["value"] for metric, cell in read.items()}
 
 
-def _run(command: Sequence[str]) -> str:
+def run_command(command: Sequence[str]) -> str:
     """Standard output of a command; it must succeed."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
