@@ -134,7 +134,8 @@ def located(message: str, arguments: Sequence[str], configs: Mapping[str, type])
         configs: as for `parse`.
     """
     config = configs.get(arguments[0]) if arguments else None
-    found = re.match(r"([^\s:\[]+)(\[\d+\])?: ", message)
+    # A key of a section in a list, data.sources[1].path, has a line of its own; an item of plain values its list's.
+    found = re.match(r"([^\s:\[]+(?:\[\d+\]\.[^\s:\[]+)*)(\[\d+\])?: ", message)
     flags = {word.partition("=")[0].replace("-", "_").lstrip("_") for word in arguments if word.startswith("--")}
     if not config or not found or found[1] in flags:
         return message

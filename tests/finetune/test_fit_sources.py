@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from finetune.cli import main
 from finetune.export import export
 from tests.finetune import tiny
 
@@ -94,11 +95,13 @@ def test_a_killed_run_on_several_sources_ends_with_the_same_weights(folder):
         (0, "where", "captoin = 'x'", "data.sources[0].where: no column 'captoin'"),
     ],
 )
-def test_a_mistake_in_a_source_is_one_line(folder, tmp_path, number, key, value, told):
+def test_a_mistake_in_a_source_is_one_line(folder, tmp_path, monkeypatch, capsys, number, key, value, told):
     config = yaml.safe_load((folder / "domain.yaml").read_text())
     config["data"]["sources"][number][key] = value
     (folder / "wrong.yaml").write_text(yaml.safe_dump(config))
-    done = run(folder, "--config", "wrong.yaml", "--out", str(tmp_path / "run"))
-    assert done.returncode == 2
-    assert told in done.stderr
-    assert len(done.stderr.splitlines()) <= 3
+    monkeypatch.chdir(folder)
+    assert main(["fit", "--config", "wrong.yaml", "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("finetune: wrong.yaml:")
+    assert told in said[-1]
+    assert len(said) <= 3
