@@ -405,6 +405,4 @@ class CLIPDataModule(lightning.LightningDataModule):
         return clip
 
     def _trim(self) -> Trim | None:
-        module: Any = self.trainer.lightning_module if self.trainer else None
-        # Sharded, the embeddings of positions are in parts, too.
-        return None if module is None or module.is_sharded else trim_of(module.model)
+        return trim_of(self._clip().model)

@@ -40,6 +40,8 @@ def trim_of(model: Any) -> Trim | None:
     """How captions may be cut for an open_clip model; None: not at all."""
     text = getattr(model, "text", model)
     mask = getattr(text, "attn_mask", None)
+    if hasattr(getattr(text, "positional_embedding", None), "full_tensor"):
+        return None  # sharded (finetune/sharded.py): the embeddings of positions are in parts, too
     if not isinstance(mask, Tensor) or getattr(text, "cls_emb", None) is not None or not _is_causal(mask):
         return None
     pool = getattr(text, "pool_type", None) or getattr(text, "text_pool_type", None)

