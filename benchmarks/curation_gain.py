@@ -76,10 +76,8 @@ def main() -> None:
 def keys(arm: str, seed: int) -> list[str]:
     """The pairs of an arm: keys of the raw shards' rows, in their order."""
     ledger = CURATED / "ledger.parquet"
-    rows = duckdb.sql(
-        f"SELECT key, split, reason FROM '{ledger}' WHERE status = 'kept' OR stage = 'select' ORDER BY key"
-    )
-    arrived = [(key, split) for key, split, reason in rows.fetchall() if reason != "leak"]
+    rows = duckdb.sql(f"SELECT key, split, step FROM '{ledger}' WHERE kept OR stage = 'select' ORDER BY key")
+    arrived = [(key, split) for key, split, step in rows.fetchall() if step != "leak"]
     curated = [key for key, split in arrived if split == "train"]
     everything = [key for key, _ in arrived]
     drawn = random.Random(seed).sample(everything, len(curated))

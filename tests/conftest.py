@@ -1,0 +1,6 @@
+"""What every test runs under."""
+
+import os
+
+# All of Ray stays on 127.0.0.1. Ray reads this when it is first imported, which may be long before a test of Ray's.
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
