@@ -1,6 +1,6 @@
 """What curation is worth: the same training on the curated pairs, on all that was downloaded, and on as many at random.
 
-    python benchmarks/curation_gain.py             five seeds; about an hour on one core
+    python benchmarks/curation_gain.py             five seeds; about half an hour on two cores
     python benchmarks/curation_gain.py --quick     one seed, a third of the steps
 
 The demo's small CLIP and its crawl (`make demo`, steps 1 to 3; what is in ./demo-run is reused): a list of 3,069 rows
