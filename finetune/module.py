@@ -218,7 +218,8 @@ class CLIPModule(lightning.LightningModule):
             image, text = (feature_distance(a[rows], b[rows]) for a, b in zip(now, start, strict=True))
             parts["distill_feature"] = weight * (image + text) / 2
         if weight := self.loss.distill_logit:
-            scale, start_scale = self.model.logit_scale, self.start.of("logit_scale")  # type: ignore[union-attr]
+            assert self.start is not None
+            scale, start_scale = self.model.logit_scale, self.start.of("logit_scale")
             kind = now[0].dtype
             parts["distill_logit"] = weight * logit_divergence(
                 *now, scale.to(kind), *start, start_scale.to(kind), rows=rows
@@ -247,7 +248,7 @@ class CLIPModule(lightning.LightningModule):
         embeddings = self.embed(batch)
         parts = self.losses(embeddings, self._group(batch), start=start)
         if self.start is not None and self.loss.l2_start:
-            parts["l2_start"] = self.loss.l2_start / 2 * self._squared_distance_to_start()
+            parts["l2_start"] = self.loss.l2_start / 2 * self._squared_distance_to(self.start)
         loss = torch.stack([*parts.values()]).sum()
         size = len(batch["pixels"])
         self.log("train/loss", loss, prog_bar=True, batch_size=size, sync_dist=True)
@@ -260,9 +261,9 @@ class CLIPModule(lightning.LightningModule):
         self.log("lr-AdamW", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return {"loss": loss, "embeddings": tuple(each.detach() for each in embeddings)}
 
-    def _squared_distance_to_start(self) -> Tensor:
+    def _squared_distance_to(self, start: Start) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
-            return self.start.squared_distance(self.model)  # type: ignore[union-attr]
+            return start.squared_distance(self.model)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log val/loss: the contrast alone, its mean over batches, which depends on their size."""

@@ -17,9 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, cast
 
-# All of Ray on 127.0.0.1, nothing told to anybody, and no more processes than needed.
+# Nothing told to anybody, and no more processes than needed; tests/conftest.py keeps all of Ray on 127.0.0.1.
 ENVIRONMENT = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what will be Ray's way; without it, it warns
     # A node that is gone is known as such after two seconds, not ten.
