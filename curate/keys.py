@@ -50,8 +50,13 @@ def hint_of(config: type | None, key: str) -> Any:
     hint: Any = config
     for name in key.split("."):
         section = section_of(hint)
-        hint = get_type_hints(section).get(name) if section else None
+        hint = _hints(section).get(name) if section else None
     return hint
+
+
+@cache
+def _hints(config: type) -> dict[str, Any]:
+    return get_type_hints(config)
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -104,7 +109,7 @@ def documented(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:
     Not that of a section that may be null: jsonargparse prints no configuration of an option without help.
     """
     docs = _field_docs(config)
-    for name, hint in get_type_hints(config).items():
+    for name, hint in _hints(config).items():
         key = f"{prefix}.{name}" if prefix else name
         section = section_of(hint)
         yield key, "" if is_dataclass(hint) else docs.get(name, "")

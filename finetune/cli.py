@@ -120,8 +120,8 @@ SWITCHES = {
 USAGE = {"fit": "finetune fit --config FILE [--KEY VALUE …]"}
 
 
-def build_parser() -> ArgumentParser:
-    """The parser of the whole command."""
+def build_parser(asked: Sequence[str]) -> ArgumentParser:
+    """The parser of the whole command, with the options of the one that the first word asks for: help stays quick."""
     parser = new_parser(
         "Adapt a CLIP to a domain, measure what that changed, use and export it.",
         "finetune {" + ",".join(HELP) + "} …  (finetune COMMAND --help)",
@@ -129,7 +129,8 @@ def build_parser() -> ArgumentParser:
     commands = parser.add_subcommands(required=True, dest="command", title="commands", description=None)
     for name, text in HELP.items():
         command = new_parser(text, USAGE.get(name, f"finetune {name} [--KEY VALUE …]"))
-        add_config(command, OPTIONS[name])
+        if name in asked[:1]:
+            add_config(command, OPTIONS[name])
         for flag, help_text in SWITCHES.get(name, {}).items():
             command.add_argument(flag, action="store_true", default=SUPPRESS, help=help_text)
         if name == "evaluate":
@@ -417,7 +418,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _log_to_stderr()
     try:
         arguments = with_presets(arguments, "finetune")
-        options: Any = parse(build_parser(), arguments, OPTIONS)
+        options: Any = parse(build_parser(arguments), arguments, OPTIONS)
         COMMANDS[options.command](options[options.command])
     except CliptailorError as error:
         print(f"finetune: {located(str(error), arguments, OPTIONS)}", file=sys.stderr)

@@ -6,10 +6,8 @@ to be found out, within a second of CPU time.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,10 @@ import yaml
 
 from tests.finetune import tiny
 from tests.finetune.fitted import labelled_folder
+from tests.finetune.warm import Answer, warm
 
-LONGEST_S = 1.0  # of CPU time
+# Of CPU time: a second, less the half that `finetune --help` may take (test_cli.py): its imports do not count here.
+LONGEST_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -299,18 +299,21 @@ def put(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[leaf] = value
 
 
-def run(folder: Path, *arguments: str) -> tuple[int, str, float]:
-    """Exit status, stderr and seconds of CPU time of `finetune fit`."""
-    with (folder / "stderr.txt").open("w+") as error:
-        words = [sys.executable, "-m", "finetune", "fit", *arguments]
-        process = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=error)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        error.seek(0)
-        return process.returncode, error.read(), usage.ru_utime + usage.ru_stime
+@pytest.fixture(scope="module")
+def fit(folder) -> Iterator[Callable[..., Answer]]:
+    """`finetune fit` with these arguments, in a process of its own."""
+    with warm() as command:
+        yield lambda *arguments: command(folder, ["fit", *arguments])
 
 
-def check(answer: tuple[int, str, float], *says: str, heavy: bool = False) -> None:
+@pytest.fixture(scope="module")
+def heavy_fit(folder) -> Iterator[Callable[..., Answer]]:
+    """The same for what needs the CLIP; torch and Lightning are there already."""
+    with warm("finetune.module", "open_clip", "peft", "sympy") as command:
+        yield lambda *arguments: command(folder, ["fit", *arguments])
+
+
+def check(answer: Answer, *says: str, heavy: bool = False) -> None:
     status, error, seconds = answer
     assert status == 2, error
     assert "Traceback" not in error
@@ -321,13 +324,14 @@ def check(answer: tuple[int, str, float], *says: str, heavy: bool = False) -> No
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.key or ' '.join(case.flags)}={case.value}")
-def test_a_wrong_configuration_is_explained_at_once(case, folder):
+def test_a_wrong_configuration_is_explained_at_once(case, folder, request):
+    fit = request.getfixturevalue("heavy_fit" if case.heavy else "fit")
     tree = right() | ({"out": "heavy"} if case.heavy else {})
     for key, value in [*case.also, *([(case.key, case.value)] if case.key else [])]:
         put(tree, key, value)
     text = yaml.safe_dump(tree, sort_keys=False)
     (folder / "domain.yaml").write_text(text)
-    answer = run(folder, "--config", "domain.yaml", *case.flags)
+    answer = fit("--config", "domain.yaml", *case.flags)
     check(answer, *case.says, heavy=case.heavy)
     if case.in_file:
         place, line, _ = answer[1].removeprefix("finetune: ").split(":", 2)
@@ -357,10 +361,10 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_file_that_is_no_configuration_is_explained_at_once(name, folder):
+def test_a_file_that_is_no_configuration_is_explained_at_once(name, folder, fit):
     content, says = BROKEN[name]
     (folder / "domain.yaml").write_bytes(content)
-    check(run(folder, "--config", "domain.yaml"), says)
+    check(fit("--config", "domain.yaml"), says)
 
 
 def test_there_are_more_than_a_hundred_and_hardly_one_needs_the_clip():
@@ -368,9 +372,9 @@ def test_there_are_more_than_a_hundred_and_hardly_one_needs_the_clip():
     assert sum(case.heavy for case in CASES) <= 0.05 * len(CASES)
 
 
-def test_the_configuration_that_they_are_made_from_is_right(folder):
+def test_the_configuration_that_they_are_made_from_is_right(folder, heavy_fit):
     tree = right() | {"evaluate": {"zero_shot": {"c": {"images": "colours"}}, "monitor": "zero_shot/c/top1"}}
     (folder / "domain.yaml").write_text(yaml.safe_dump(tree))
-    status, error, _ = run(folder, "--config", "domain.yaml", "--dry_run")
+    status, error, _ = heavy_fit("--config", "domain.yaml", "--dry_run")
     assert (status, error) == (0, "")
     assert not (folder / "run").exists()
