@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,36 @@ def test_replayed_samples_go_round_their_split_evenly(num_samples, num_replay, b
     seen.update(draw.row for draw in draws)
     assert len(set(draws)) == len(draws)  # no sample twice in one turn
     assert max(seen.values()) - min(seen[num_samples + n] for n in range(num_replay)) <= 1
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.integers(8, 120), st.integers(0, 9), st.data())
+def test_cut_into_other_batches_the_rest_of_an_epoch_is_what_was_not_seen(num_samples, num_replay, data):
+    manners = st.tuples(
+        st.integers(2, 12), st.integers(1, 3), st.sampled_from([0.0, 0.3, 0.8] if num_replay else [0.0])
+    )
+    plan = schedule(num_samples, num_replay, *data.draw(st.tuples(st.integers(2, 12), st.sampled_from([0.0]))))
+    epoch = number = 0
+    seen: list[list[Draw]] = [[], [], []]
+    cuts = 0
+    while epoch < 3:
+        if data.draw(st.booleans()) and cuts < 3:  # saved, and taken up in another manner
+            size, world, replay = data.draw(manners)
+            new = schedule(num_samples, num_replay, size, replay, world)
+            plan, cuts = new.going_on(plan.since, plan.manner, epoch, number), cuts + 1
+            assert plan.after(epoch, number) == (epoch, number)  # there is always a batch
+        ranks = [replace(plan, rank=rank).batch(epoch, number) for rank in range(plan.world_size)]
+        assert len({len(draws) for draws in ranks}) == 1
+        seen[epoch] += [draw for draws in ranks for draw in draws]
+        epoch, number = plan.after(epoch, number + 1)
+    for draws in seen:
+        fresh = Counter(draw.row for draw in draws if draw.row < num_samples)
+        assert num_samples - len(fresh) <= 2 * cuts  # what ranks could not share out
+        assert fresh.total() - len(fresh) <= 6 * cuts  # and what filled a rest too small for a contrast
+    replayed = [draw for draws in seen for draw in draws if draw.row >= num_samples]
+    assert len(set(replayed)) == len(replayed)
+    if replayed:
+        assert max(replayed, key=lambda draw: draw.turn).turn == (len(replayed) - 1) // num_replay
 
 
 # --- views ------------------------------------------------------------------------------------------------------------
@@ -259,25 +290,52 @@ def test_augmentation_differs_between_epochs_and_is_off_at_full_scale(clip, data
     assert isinstance(plain.dataset.view, EvaluationView)
 
 
-@pytest.mark.parametrize(("consumed", "num_workers"), [(0, 0), (1, 0), (6, 0), (7, 0), (8, 0), (13, 0), (5, 2)])
-def test_a_loader_goes_on_from_its_state_at_any_batch(clip, dataset, consumed, num_workers):
+def test_saved_and_restored_at_every_batch_a_loader_gives_what_an_unbroken_one_does(clip, dataset):
+    def loader():
+        return WithClip(clip, config(dataset, replay=0.25, crop_scale=(0.4, 1.0))).train_dataloader()
+
+    unbroken, taken, state = loader(), [], loader().state_dict()
+    expected = [batch for _ in range(2) for batch in unbroken]
+    for _ in expected:
+        resumed = loader()
+        resumed.load_state_dict(pickle.loads(pickle.dumps(state)))
+        taken.append(next(iter(resumed)))
+        state = resumed.state_dict()
+    assert_same(taken, expected)
+    assert state == unbroken.state_dict()
+
+
+@pytest.mark.parametrize(("consumed", "num_workers"), [(7, 0), (5, 2)])
+def test_a_loader_goes_on_from_its_state_to_the_end(clip, dataset, consumed, num_workers):
     def loader():
         return WithClip(clip, config(dataset, replay=0.25, num_workers=num_workers)).train_dataloader()
 
-    unbroken = loader()
+    unbroken, broken, resumed = loader(), loader(), loader()
     expected = [batch for _ in range(2) for batch in unbroken]
-    broken, taken = loader(), 0
-    states = {0: broken.state_dict()}
-    for _ in range(2):
-        for _ in broken:
-            taken += 1
-            states[taken] = broken.state_dict()
-    resumed = loader()
-    resumed.load_state_dict(pickle.loads(pickle.dumps(states[consumed])))
+    for _ in zip(range(consumed), broken, strict=False):
+        pass
+    resumed.load_state_dict(broken.state_dict())
     rest = batches(resumed)
     while len(rest) < len(expected) - consumed:
         rest += batches(resumed)
     assert_same(rest, expected[consumed:])
+
+
+def test_a_loader_goes_on_at_the_same_sample_in_batches_of_another_size_and_for_other_ranks(clip, dataset):
+    first = WithClip(clip, config(dataset, batch_size=8, num_workers=2)).train_dataloader()
+    iterator = iter(first)  # decodes ahead of what it has handed out
+    seen = [row for _ in range(2) for row in next(iterator)["row"].tolist()]
+    state = first.state_dict()
+    del iterator
+    ranks = []
+    for rank in range(2):
+        loader = WithClip(clip, config(dataset, batch_size=3), world=(2, rank)).train_dataloader()
+        loader.load_state_dict(state)
+        assert len(loader) == 2 + 4
+        ranks.append([row for batch in loader for row in batch["row"].tolist()])
+        assert len(loader) == 7  # the next epoch is whole again
+    assert len(ranks[0]) == len(ranks[1])
+    assert sorted(seen + ranks[0] + ranks[1]) == list(range(40))
 
 
 def test_starting_a_loader_draws_no_global_random_number(clip, dataset):
@@ -287,11 +345,44 @@ def test_starting_a_loader_draws_no_global_random_number(clip, dataset):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("change", [{"batch_size": 4}, {"replay": 0.5}, {"crop_scale": (0.5, 1.0)}])
-def test_a_state_of_other_batches_is_refused(clip, dataset, change):
-    state = WithClip(clip, config(dataset)).train_dataloader().state_dict()
-    with pytest.raises(InputError, match="its position means nothing here"):
-        WithClip(clip, config(dataset, **change)).train_dataloader().load_state_dict(state)
+def test_a_state_over_other_samples_or_of_another_seed_is_refused_and_with_a_word_its_epoch_begins_anew(
+    clip, dataset, tmp_path
+):
+    first = WithClip(clip, config(dataset))
+    loader = first.train_dataloader()
+    for _ in zip(range(3), loader, strict=False):
+        pass
+    other = tiny.write_dataset(tmp_path, train=24)
+    for where, seed in ((other, 0), (dataset, 1)):
+        with pytest.raises(InputError, match="its position means nothing here"):
+            WithClip(clip, config(where), seed).train_dataloader().load_state_dict(loader.state_dict())
+        told = WithClip(clip, config(where), seed)
+        told.anew = True
+        told.load_state_dict(first.state_dict())
+        resumed = told.train_dataloader()
+        size = len(told.train_index)
+        assert len(resumed) == 3 + size // 8
+        assert sorted(row for batch in resumed for row in batch["row"].tolist()) == list(range(size))
+        assert (resumed.epoch, resumed.next_batch, len(resumed)) == (1, 0, size // 8)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "accumulated", "batch_size", "steps"),
+    # Of 5 batches an epoch 7 were made: 24 samples are left of the second of 3 epochs.
+    [(3, 1, 8, 15), (3, 1, 4, 7 + 6 + 10), (3, 1, 40, 7 + 1 + 1), (1, 1, 4, 7), (3, 2, 8, 4 + 2 + 3)],
+)
+def test_the_steps_of_a_continued_run_are_those_made_and_those_that_are_left(
+    clip, dataset, epochs, accumulated, batch_size, steps
+):
+    first = WithClip(clip, config(dataset))
+    loader = first.train_dataloader()
+    list(loader)
+    next(iterator := iter(loader))
+    next(iterator)
+    position = first.state_dict()["position"] | {"steps": 7 if accumulated == 1 else 4}
+    resumed = WithClip(clip, config(dataset, batch_size=batch_size))
+    resumed.load_state_dict({"position": position})
+    assert resumed.steps(epochs, accumulated) == steps
 
 
 def test_the_fingerprint_follows_the_content_and_not_the_place(dataset, tmp_path):
