@@ -20,7 +20,7 @@ import lightning
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from curate.errors import ConfigError, InputError
@@ -172,6 +172,35 @@ class GivenRates(lightning.Callback):
             given = {name: value for name, value in new.items() if name != "params"}
             group.update(given | {"lr": new["initial_lr"] * factor(scheduler.last_epoch)})
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+class KeepBest(ModelCheckpoint):
+    """Saves `best.ckpt` whenever a validation is better than all before; in a run's folder that may be moved.
+
+    Args:
+        folder: of the checkpoints.
+        monitor: metric that is compared.
+        mode: `min` or `max`: which is better.
+    """
+
+    def __init__(self, folder: Path, monitor: str, mode: str) -> None:
+        super().__init__(
+            folder,
+            "best",
+            monitor=monitor,
+            mode=mode,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on comparing with the best so far, if it is there; Lightning looks for it in the old place."""
+        path = str(Path(str(self.dirpath)) / "best.ckpt")
+        if state_dict["best_model_path"] and Path(path).is_file():
+            here = {"best_model_path": path, "kth_best_model_path": path, "dirpath": self.dirpath}
+            scores = {"best_k_models": {path: state_dict["best_model_score"]}, "last_model_path": ""}
+            super().load_state_dict(state_dict | here | scores)
 
 
 class Interrupted(SystemExit):

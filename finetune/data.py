@@ -201,10 +201,20 @@ class TrainingLoader:
 
     The length is that of the current epoch, of which a part may have been seen in batches of another size; without a
     length Lightning would fetch, and count, a batch ahead.
+
+    Args:
+        dataset: the samples.
+        schedule: which of them come when.
+        num_workers: processes that decode.
+        made_from: changes with the samples and the seed.
+        passes_over: states of other samples, instead of refusing them.
     """
 
-    def __init__(self, dataset: PairDataset, schedule: Schedule, num_workers: int, made_from: str) -> None:
+    def __init__(
+        self, dataset: PairDataset, schedule: Schedule, num_workers: int, made_from: str, *, passes_over: bool = False
+    ) -> None:
         self.dataset, self.schedule, self.num_workers, self.made_from = dataset, schedule, num_workers, made_from
+        self.passes_over = passes_over
         self.epoch = self.next_batch = 0
 
     def __len__(self) -> int:
@@ -235,6 +245,8 @@ class TrainingLoader:
             InputError: it was taken over other data.
         """
         if state["made_from"] != self.made_from:
+            if self.passes_over:
+                return
             raise InputError(
                 "the checkpoint was made with other training samples or another seed: its position means nothing here"
             )
@@ -394,7 +406,10 @@ class CLIPDataModule(lightning.LightningDataModule):
             TrainingView(clip.preprocess_cfg, self.config.crop_scale) if augmented else EvaluationView(clip.preprocess)
         )
         dataset = PairDataset(index, view, clip.tokenizer, self.seed, self._training.templates, self._trim())
-        self._loader = TrainingLoader(dataset, self.schedule, self.config.num_workers, self._made_from)
+        # What Lightning has kept of the loader beside our own position may be of other samples.
+        self._loader = TrainingLoader(
+            dataset, self.schedule, self.config.num_workers, self._made_from, passes_over=self.anew
+        )
         if self._position:
             self._loader.load_state_dict(self._position)
         return self._loader

@@ -235,6 +235,10 @@ def _start(out: Path, ckpt_path: str | None) -> Path | None:
         if any(folder.glob("*.ckpt")):
             raise ConfigError(f"ckpt_path: {path} is of another run, but {out} holds one already; give another `out`")
         _take_along(other, out)
+        best = path.with_name("best.ckpt")
+        if best.is_file() and best.stat().st_mtime <= path.stat().st_mtime:  # else it is of later steps
+            folder.mkdir(exist_ok=True)
+            shutil.copy(best, folder)
     return path
 
 
@@ -453,12 +457,12 @@ def _trainer(config: FitConfig, *, anew: bool) -> Trainer:
 
 
 def _callbacks(config: FitConfig, *, shown: bool, anew: bool) -> list[Any]:
-    from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+    from lightning.pytorch.callbacks import RichProgressBar
 
     from finetune.alarms import Alarms
     from finetune.averaging import MovingAverage
     from finetune.callback import EvaluationCallback
-    from finetune.checkpoints import EpochLength, GivenRates, KeepLast, RandomState
+    from finetune.checkpoints import EpochLength, GivenRates, KeepBest, KeepLast, RandomState
     from finetune.loggers import ProgressLines
 
     folder = config.out / "checkpoints"
@@ -478,16 +482,8 @@ def _callbacks(config: FitConfig, *, shown: bool, anew: bool) -> list[Any]:
     if evaluation.goal:
         monitor = TRADE_OFF
     if monitor:
-        best = ModelCheckpoint(
-            folder,
-            "best",
-            monitor=monitor,
-            mode="min" if monitor.endswith(LOWER_IS_BETTER) else "max",
-            auto_insert_metric_name=False,
-            enable_version_counter=False,
-            save_on_train_epoch_end=False,
-        )
-        callbacks.append(best)
+        mode = "min" if monitor.endswith(LOWER_IS_BETTER) else "max"
+        callbacks.append(KeepBest(folder, monitor, mode))
     return [*callbacks, KeepLast(folder, config.checkpoint_every_n_steps)]
 
 
@@ -534,6 +530,7 @@ def _quiet() -> Iterator[None]:
             r".*smaller than the logging interval",
             r".*treespec, LeafSpec",  # Lightning 2.6 on recent torch
             r"Checkpoint directory .* exists and is not empty",
+            r"Be aware that when using `ckpt_path`",  # another evaluate.monitor than before
         ):
             warnings.filterwarnings("ignore", message=hint)
         try:
