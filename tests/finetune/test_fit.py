@@ -161,28 +161,6 @@ from finetune.fit import fit
 fit(pickle.loads(Path(sys.argv[1]).read_bytes()))
 """
 
-TRAIN_AND_DIE = """
-import os, pickle, signal, sys
-import torch
-torch.set_num_threads(1)
-from finetune.fit import fit
-from finetune.module import CLIPModule
-from pathlib import Path
-
-config_file, step, number = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-original, count = CLIPModule.training_step, 0
-
-def training_step(self, batch, batch_idx):
-    global count
-    count += 1
-    if count == step:
-        os.kill(os.getpid(), number)
-    return original(self, batch, batch_idx)
-
-CLIPModule.training_step = training_step
-fit(pickle.loads(config_file.read_bytes()))
-"""
-
 
 def run(command: list[str]) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
@@ -194,15 +172,6 @@ def run_script(script: str, config: FitConfig, folder: Path, *arguments: int) ->
     (folder / "train.py").write_text(script)
     (folder / "config.pickle").write_bytes(pickle.dumps(config))
     return run([sys.executable, *(str(folder / name) for name in ("train.py", "config.pickle")), *map(str, arguments)])
-
-
-def test_after_kill_9_in_mid_epoch_the_same_command_ends_with_the_same_weights(config, unbroken, tmp_path):
-    config = replace(config, out=tmp_path / "run")
-    killed = run_script(TRAIN_AND_DIE, config, tmp_path, 15, int(signal.SIGKILL))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not (config.out / "finished.json").exists()
-    assert fit(config).resumed
-    assert_same_run(config.out, unbroken)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, None)])
