@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from curate.clip import Clip
 from curate.errors import ConfigError, InputError
-from curate.shards import MemberReader, SampleIndex, digest, fingerprint, shard_folder, shards_of
+from curate.shards import Facts, MemberReader, SampleIndex, digest, fingerprint, shard_folder, shards_of
 from finetune.config import DataConfig
 from finetune.schedule import Draw, Origin, Schedule
 from finetune.sources import (
@@ -124,10 +124,7 @@ class PairDataset(Dataset[Batch]):
 
     def __post_init__(self) -> None:
         self.reader = MemberReader(self.index.tars)
-        table = self.index.table.combine_chunks()
-        self._places = np.stack([table[name].to_numpy() for name in ("tar", "image_offset", "image_size")], axis=1)
-        names = ("key", "captions", "source", "duplicate_group")
-        self._keys, self._captions, self._sources, self._groups = (table[name] for name in names)
+        self._facts, self._sources = Facts(self.index, self.reader), self.index.table["source"]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -148,24 +145,24 @@ class PairDataset(Dataset[Batch]):
     def _caption(self, draw: Draw) -> str:
         source = self._sources[draw.row].as_py()
         templates = self.templates[source] if source is not None and self.templates else ()
-        return drawn_caption(self._captions[draw.row].as_py(), templates, (self.seed, draw.turn, draw.row))
+        return drawn_caption(self._facts.captions(draw.row), templates, (self.seed, draw.turn, draw.row))
 
     def _pixels(self, draw: Draw) -> tuple[Tensor, int]:
         """What the CLIP sees, and an id of the stored image: one that is there twice is a positive of both captions."""
-        tar, offset, size = self._places[draw.row]
+        tar, offset, size = self._facts.place(draw.row)
         try:
-            content = self.reader.read(int(tar), int(offset), int(size))
+            content = self.reader.read(tar, offset, size)
             with Image.open(io.BytesIO(content)) as image:
                 return self.view(image.convert("RGB"), (self.seed, draw.turn, draw.row)), _hash(content)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputError(
-                f"{self.index.tars[tar]}: sample {self._keys[draw.row]}: the image cannot be decoded ({error}); "
+                f"{self.index.tars[tar]}: sample {self._facts.key(draw.row)}: the image cannot be decoded ({error}); "
                 "build or copy the dataset again"
             ) from error
 
     def _ids(self, row: int, tokens: Tensor) -> tuple[int, int]:
         """An id of what the sample says, to the text tower, and one of the duplicates it belongs to."""
-        group = self._groups[row].as_py() or f"row {row}"
+        group = self._facts.group(row) or f"row {row}"
         return _hash(tokens.numpy().tobytes()), _hash(group.encode())
 
 

@@ -14,6 +14,7 @@ top, from an endless stream of permutations of their own.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -28,10 +29,60 @@ class Draw(NamedTuple):
     turn: int
 
 
+# Up to so many numbers a permutation is kept as an array; beyond, each place is calculated when it is asked for.
+KEPT = 1 << 20
+_ROUNDS = 8
+
+
+def shuffled(places: np.ndarray, size: int, *seed: int) -> np.ndarray:
+    """What stands at these places of a permutation of the numbers below `size`, which depends on the seeds alone.
+
+    Of a large one nothing is kept, so that it takes no memory however many epochs, sources and turns there are.
+    """
+    if size <= KEPT:
+        return permutation(size, *seed)[places]
+    return _feistel(places, size, _round_keys(*seed))
+
+
 @lru_cache(maxsize=32)
 def permutation(size: int, *seed: int) -> np.ndarray:
-    """The numbers below `size` in an order that depends on the seeds alone."""
-    return np.random.default_rng(seed).permutation(size)
+    """The numbers below `size` in an order that depends on the seeds alone, as uint32."""
+    return np.random.default_rng(seed).permutation(np.arange(size, dtype=np.uint32))
+
+
+@lru_cache(maxsize=1024)
+def _round_keys(*seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 1 << 64, _ROUNDS, np.uint64)
+
+
+def _feistel(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """A Feistel network over the numbers below `size`, written in two digits of base about √size.
+
+    In turn each digit is moved by a hash of the other, which can be undone, so that no two places meet (Black and
+    Rogaway 2002, "Ciphers with arbitrary finite domains", generalised Feistel). There are a few more numbers of two
+    such digits than `size`; what falls among those goes through again until it does not (cycle walking).
+    """
+    base = math.isqrt(size - 1) + 1
+    rows = -(-size // base)
+    x = np.asarray(places, np.uint64)
+    found, walking = x.copy(), np.ones(x.shape, bool)
+    while walking.any():
+        high, low = np.divmod(found[walking], np.uint64(base))
+        for number, key in enumerate(keys):
+            if number % 2:
+                high = (high + _hashed(low ^ key) % np.uint64(rows)) % np.uint64(rows)
+            else:
+                low = (low + _hashed(high ^ key) % np.uint64(base)) % np.uint64(base)
+        found[walking] = high * np.uint64(base) + low
+        walking = found >= size
+    return found
+
+
+def _hashed(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): bits that depend on all bits of `x`; wraps around."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 @dataclass(frozen=True)
@@ -51,7 +102,7 @@ class Passes:
         if self.weight == 1:
             return Draw(place, epoch)  # the shuffle of the epoch is order enough
         turn, place_in_turn = divmod(epoch * self.draws + place, self.num_samples)
-        return Draw(int(permutation(self.num_samples, *seed, turn)[place_in_turn]), turn)
+        return Draw(int(shuffled(np.array([place_in_turn]), self.num_samples, *seed, turn)[0]), turn)
 
 
 class Origin(NamedTuple):
@@ -153,8 +204,8 @@ class Schedule:
         """The samples of one batch, fresh ones first."""
         size = self._ends(epoch)[1] if number == self.batches(epoch) - 1 else self.fresh
         start = self._seen(epoch, number) + size * self.rank
-        order = permutation(self.draws, self.seed, epoch)
-        draws = [self._fresh(int(place), epoch) for place in order[start : start + size]]
+        order = shuffled(np.arange(start, start + size), self.draws, self.seed, epoch)
+        draws = [self._fresh(int(place), epoch) for place in order]
         return draws + (self._replay(epoch, number) if self.replay else [])
 
     def _seen(self, epoch: int, number: int) -> int:
@@ -202,7 +253,7 @@ class Schedule:
         draws = []
         for place in range(start, start + count):
             turn, place_in_turn = divmod(place, self.num_replay)
-            row = permutation(self.num_replay, self.seed, turn, 1)[place_in_turn]
+            row = shuffled(np.array([place_in_turn]), self.num_replay, self.seed, turn, 1)[0]
             draws.append(Draw(self.num_samples + int(row), turn))
         return draws
 

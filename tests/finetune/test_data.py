@@ -27,7 +27,7 @@ from finetune.data import (
     has_split,
     random_crop,
 )
-from finetune.schedule import Draw, Schedule, permutation
+from finetune.schedule import KEPT, Draw, Schedule, permutation, shuffled
 from finetune.sources import concatenate, split_pairs
 from tests.finetune import tiny
 
@@ -95,6 +95,27 @@ def test_the_order_changes_with_epoch_and_seed_and_not_otherwise():
     assert epoch_rows(plan, 0) == epoch_rows(schedule(40), 0)
     assert epoch_rows(plan, 0) != epoch_rows(plan, 1)
     assert permutation(40, 7, 0).tolist() != permutation(40, 8, 0).tolist()
+
+
+def test_a_large_order_is_calculated_place_by_place_and_as_good_as_a_shuffled_one():
+    size = KEPT + 12_345
+    places = np.arange(size)
+    order, other = (shuffled(places, size, 7, epoch).astype(np.int64) for epoch in (0, 1))
+    assert np.array_equal(np.sort(order), places)
+    some = np.array([size - 1, 5, 1 << 20])
+    assert np.array_equal(shuffled(some, size, 7, 0), order[some])  # whatever is asked for beside it
+    for one, two in ((order, places), (order, other), (order[1:], order[:-1])):
+        assert abs(np.corrcoef(one, two)[0, 1]) < 0.004  # four standard deviations
+    assert (order == places).sum() < 8  # one is expected
+    assert (np.diff(order) == 1).sum() < 8
+    # Where a place goes says nothing of it: 32 x 32 cells as full as chance has it.
+    cells = np.histogram2d(places, order, bins=32)[0]
+    expected = size / 32**2
+    assert ((cells - expected) ** 2 / expected).sum() / 31**2 == pytest.approx(1, abs=0.2)
+
+
+def test_a_small_order_is_numpys(monkeypatch):
+    assert np.array_equal(shuffled(np.array([3, 0]), 9, 4, 2), np.random.default_rng((4, 2)).permutation(9)[[3, 0]])
 
 
 @pytest.mark.parametrize(("replay", "each"), [(0.25, 2), (0.01, 1), (0.9, 7), (0.99, 7)])
@@ -243,12 +264,33 @@ def test_a_dataset_without_duplicate_groups_is_read_too(clip, tmp_path):
 
 def test_replayed_rows_come_from_the_retain_split_or_from_another_dataset(clip, dataset, tmp_path):
     retained = WithClip(clip, config(dataset, replay=0.5)).train_dataloader()
-    assert [key[:5] for key in retained.dataset._keys.to_pylist()] == ["train"] * 40 + ["retai"] * 8
+    assert [key[:5] for key in retained.dataset.index.table["key"].to_pylist()] == ["train"] * 40 + ["retai"] * 8
     other = tiny.write_dataset(tmp_path, train=6, val=0, retain=0)
     replayed = WithClip(clip, config(dataset, replay=0.5, replay_dataset=other)).train_dataloader()
     assert len(replayed.dataset) == 46
     for batch in replayed:
         assert (batch["row"] >= 40).sum() == 4
+
+
+def test_of_a_very_large_dataset_only_places_are_kept_and_the_batches_are_the_same(clip, tmp_path, monkeypatch):
+    schema = pa.schema([("key", pa.string()), ("caption", pa.string()), ("duplicate_group", pa.string())])
+    said = ["a\u00e9 caption", None, " ", "x" * 700, "five"]
+    for split, size in (("train", 5), ("retain", 2)):
+        with ShardWriter(tmp_path / "shards" / f"{split}-00000", schema, made_from="test") as shard:
+            for number in range(size):
+                row = {"key": f"{split}{number}", "caption": said[number], "duplicate_group": [None, "g"][number % 2]}
+                shard.add(row, tiny.picture("red", "circle", number), "png")
+
+    def loader():
+        return WithClip(clip, config(tmp_path, batch_size=7, replay=0.3)).train_dataloader()
+
+    expected = batches(loader())
+    monkeypatch.setattr("curate.shards.MANY_SAMPLES", 3)
+    large = loader()
+    table = large.dataset.index.table
+    assert table["captions"].null_count == table["key"].null_count == 5  # retain is small
+    assert_same(batches(large), expected)
+    assert [large.dataset._facts.key(row) for row in (0, 4, 6)] == ["train0", "train4", "retain1"]
 
 
 def test_concatenated_indices_read_from_the_right_tars(dataset):
