@@ -21,7 +21,7 @@ from curate.database import arrow_table, column_types, connect, quoted
 from curate.errors import ConfigError, InputError, did_you_mean
 from curate.expressions import readable, scalar_expression
 from curate.lists import CAPTION_NAMES, readable_list, reader
-from curate.shards import SampleIndex, read_index, shard_folder, shards_of
+from curate.shards import SampleIndex, read_index, read_places, shard_folder, shards_of
 from curate.sources import find
 
 if TYPE_CHECKING:
@@ -42,12 +42,19 @@ class Wanted:
         where: DuckDB expression over the source's columns; None: all rows.
         image: column of paths, of a list file; None: the first with a usual name.
         caption: column of the caption, or of a list of captions; None: the first with a usual name.
+        is_labelled: whether captions are labels, which are looked at all together.
     """
 
     key: str
     where: str | None = None
     image: str | None = None
     caption: str | None = None
+    is_labelled: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all pairs are wanted, with their own captions."""
+        return not (self.where or self.image or self.caption or self.is_labelled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +78,8 @@ def read_pairs(path: Path, wanted: Wanted, split: str = "train") -> SampleIndex:
 
     Returns:
         Its table has `tar` (index into the files), `key`, `captions` (list of texts, may be empty), `image_offset`,
-        `image_size` and `duplicate_group` (text or null).
+        `image_size` and `duplicate_group` (text or null). Of a very large dataset captions, key and group are null and
+        stand in the tars (`curate.shards.Facts`).
 
     Raises:
         ConfigError: a column or expression of `wanted` that does not fit the source.
@@ -92,6 +100,9 @@ def _of_shards(path: Path, wanted: Wanted, split: str, scratch: Path) -> SampleI
     import pyarrow.parquet as pq
 
     folder = shard_folder(path)
+    if wanted.is_plain and (places := read_places(path, split)):
+        table = places.table
+        return SampleIndex(places.tars, table.rename_columns({"caption": "captions"}))
     first = (shards_of(folder, split) or shards_of(folder))[0].with_suffix(".parquet")
     there = pq.read_schema(first).names
     if wanted.image:

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -49,6 +50,8 @@ FINGERPRINT = b"cliptailor.fingerprint"
 DIGEST = b"cliptailor.digest"
 NOTE = b"cliptailor.note."
 ROW_GROUP = 65_536
+# From so many samples on, what an index for training says of each is where it lies; the rest is read from its tar.
+MANY_SAMPLES = 4_000_000
 # A shuffled dataset may have more tars than a process may hold open (1,024 by default).
 MAX_OPEN_TARS = 256
 
@@ -186,13 +189,21 @@ def _places(num_rows: int) -> pa.Array:
 
 
 def _parquet_metadata(path: Path) -> Mapping[bytes, bytes]:
+    try:
+        there = path.stat()
+    except OSError:
+        return {}
+    return _metadata_of(path, there.st_ino, there.st_mtime_ns, there.st_size)
+
+
+@lru_cache(maxsize=65_536)
+def _metadata_of(path: Path, *_: int) -> Mapping[bytes, bytes]:
+    """Of a file as it is now: a dataset of a hundred million samples has ten thousand, and is asked more than once."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         return pq.read_metadata(path).metadata or {}
-    except FileNotFoundError:
-        return {}
     except (pa.ArrowInvalid, OSError):
         return {}
 
@@ -378,6 +389,54 @@ def read_index(dataset: Path, split: str | None = None, columns: Sequence[str] =
     )
 
 
+def read_places(dataset: Path, split: str) -> SampleIndex | None:
+    """Where the samples of a large dataset of ours lie, and no more: 20 bytes a sample; None for any other.
+
+    Columns `key`, `caption` and `duplicate_group` are null: `Facts` reads them from the tars, where each image is
+    followed by its caption and its facts.
+
+    Raises:
+        InputError: a tar that ends early.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    stems = shards_of(shard_folder(dataset), split)
+    if not stems or len(stems) * pq.read_metadata(stems[0].with_suffix(".parquet")).num_rows < MANY_SAMPLES:
+        return None
+    if not made_from(stems[0].with_suffix(".parquet")):
+        return None  # someone else's tars may have another order
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers:
+        tables = list(readers.map(_read_places, range(len(stems)), stems))
+    return SampleIndex([stem.with_suffix(".tar") for stem in stems], pa.concat_tables(tables))
+
+
+def _read_places(number: int, stem: Path) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(stem.with_suffix(".parquet"), page_checksum_verification=True) as file:
+        table = file.read(columns=["image_offset", "image_size"], use_threads=False)
+    if table["image_offset"].null_count:
+        table = table.filter(pc.is_valid(table["image_offset"]))
+    table = table.combine_chunks()
+    _check_tar_is_whole(stem.with_suffix(".tar"), table)
+    size = table["image_size"].cast(pa.int32())
+    tar = pa.repeat(pa.scalar(number, pa.int32()), len(table))
+    nothing = pa.nulls(len(table))
+    return pa.table(
+        {
+            "tar": tar,
+            "key": nothing,
+            "caption": nothing,
+            "image_offset": table["image_offset"],
+            "image_size": size,
+            "duplicate_group": nothing,
+        }
+    )
+
+
 def _read_shard_index(stem: Path, columns: Sequence[str]) -> pa.Table:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -484,6 +543,65 @@ class MemberReader:
             if pid == os.getpid():
                 os.close(handle)
         self._open.clear()
+
+
+class Facts:
+    """Key, captions and duplicates of the samples of an index, from its columns or, where they are null, from the tars.
+
+    Args:
+        index: with `captions`, a list a sample, and `duplicate_group`.
+        reader: of its tars.
+    """
+
+    def __init__(self, index: SampleIndex, reader: MemberReader) -> None:
+        self._reader = reader
+        names = ("tar", "image_offset", "image_size", "key", "captions", "duplicate_group")
+        self._columns = {name: index.table[name] for name in names}
+
+    def _value(self, name: str, row: int) -> Any:
+        return self._columns[name][row].as_py()
+
+    def place(self, row: int) -> tuple[int, int, int]:
+        """Number of the tar, offset and size of the image."""
+        return self._value("tar", row), self._value("image_offset", row), self._value("image_size", row)
+
+    def key(self, row: int) -> str:
+        """The sample's id."""
+        key = self._value("key", row)
+        if key is None:
+            tar, offset, _ = self.place(row)
+            head = tarfile.TarInfo.frombuf(self._reader.read(tar, offset - 512, 512), "utf-8", "surrogateescape")
+            key = head.name.partition(".")[0]
+        return str(key)
+
+    def captions(self, row: int) -> list[str]:
+        """What is said of it."""
+        captions = self._value("captions", row)
+        if captions is None:
+            caption, _ = self._behind(row)
+            text = caption.decode("utf-8", "surrogatepass")
+            captions = [text] if text.strip() else []
+        return list(captions)
+
+    def group(self, row: int) -> str | None:
+        """The duplicates that it belongs to, in all datasets."""
+        if self._value("captions", row) is None:
+            group = json.loads(self._behind(row)[1]).get("duplicate_group")
+            return None if group is None else f"{self._reader.tars[self._value('tar', row)].parent}:{group}"
+        group = self._value("duplicate_group", row)
+        return None if group is None else str(group)
+
+    def _behind(self, row: int) -> list[bytes]:
+        """The two members behind an image: its caption and its facts."""
+        tar, offset, size = self.place(row)
+        members = []
+        for _ in range(2):
+            offset += size + -size % tarfile.BLOCKSIZE
+            head = self._reader.read(tar, offset, tarfile.BLOCKSIZE)
+            size = tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape").size
+            offset += tarfile.BLOCKSIZE
+            members.append(self._reader.read(tar, offset, size))
+        return members
 
 
 def iter_images(index: SampleIndex) -> Iterable[tuple[str, str, bytes]]:

@@ -108,6 +108,7 @@ AS_JSON = {"--json": "Print JSON instead of a table."}
 SWITCHES = {
     "fit": {
         "--restart": "Forget what an earlier run left in `out`.",
+        "--continue_changed": "Go on although the data or a key that matters is not what the run was begun with.",
         "--dry_run": "Print the plan (data, steps, what is trained, memory) and stop; nothing is written.",
     },
     "summary": AS_JSON,
@@ -133,6 +134,14 @@ def build_parser(asked: Sequence[str]) -> ArgumentParser:
             add_config(command, OPTIONS[name])
         for flag, help_text in SWITCHES.get(name, {}).items():
             command.add_argument(flag, action="store_true", default=SUPPRESS, help=help_text)
+        if name == "fit":
+            command.add_argument(
+                "--ckpt_path",
+                type=str,
+                default=SUPPRESS,
+                help="last: go on, and fail if there is nothing to go on from. Or a checkpoint's path: of this run, or "
+                "(into a new `out`) of another.",
+            )
         if name == "evaluate":
             command.add_argument(
                 "--run", nargs="+", type=Path, default=[], help="Folders of runs, or checkpoint files."
@@ -168,7 +177,12 @@ def fit(options: Namespace) -> None:
     from finetune import report
     from finetune.fit import fit as run_fit
 
-    run_fit(config, restart=options.get("restart", False))
+    run_fit(
+        config,
+        restart=options.get("restart", False),
+        changed=options.get("continue_changed", False),
+        ckpt_path=options.get("ckpt_path"),
+    )
     if getattr(rank_zero_only, "rank", 0):  # another process of the same run prints
         return
     from finetune.tables import change_table, show

@@ -13,6 +13,7 @@ import io
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from curate.clip import Clip
 from curate.errors import ConfigError, InputError
-from curate.shards import MemberReader, SampleIndex, digest, fingerprint, shard_folder, shards_of
+from curate.shards import Facts, MemberReader, SampleIndex, digest, fingerprint, shard_folder, shards_of
 from finetune.config import DataConfig
-from finetune.schedule import Draw, Schedule
+from finetune.schedule import Draw, Origin, Schedule
 from finetune.sources import (
     CaptionLengths,
     caption_lengths,
@@ -123,10 +124,7 @@ class PairDataset(Dataset[Batch]):
 
     def __post_init__(self) -> None:
         self.reader = MemberReader(self.index.tars)
-        table = self.index.table.combine_chunks()
-        self._places = np.stack([table[name].to_numpy() for name in ("tar", "image_offset", "image_size")], axis=1)
-        names = ("key", "captions", "source", "duplicate_group")
-        self._keys, self._captions, self._sources, self._groups = (table[name] for name in names)
+        self._facts, self._sources = Facts(self.index, self.reader), self.index.table["source"]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -147,24 +145,24 @@ class PairDataset(Dataset[Batch]):
     def _caption(self, draw: Draw) -> str:
         source = self._sources[draw.row].as_py()
         templates = self.templates[source] if source is not None and self.templates else ()
-        return drawn_caption(self._captions[draw.row].as_py(), templates, (self.seed, draw.turn, draw.row))
+        return drawn_caption(self._facts.captions(draw.row), templates, (self.seed, draw.turn, draw.row))
 
     def _pixels(self, draw: Draw) -> tuple[Tensor, int]:
         """What the CLIP sees, and an id of the stored image: one that is there twice is a positive of both captions."""
-        tar, offset, size = self._places[draw.row]
+        tar, offset, size = self._facts.place(draw.row)
         try:
-            content = self.reader.read(int(tar), int(offset), int(size))
+            content = self.reader.read(tar, offset, size)
             with Image.open(io.BytesIO(content)) as image:
                 return self.view(image.convert("RGB"), (self.seed, draw.turn, draw.row)), _hash(content)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputError(
-                f"{self.index.tars[tar]}: sample {self._keys[draw.row]}: the image cannot be decoded ({error}); "
+                f"{self.index.tars[tar]}: sample {self._facts.key(draw.row)}: the image cannot be decoded ({error}); "
                 "build or copy the dataset again"
             ) from error
 
     def _ids(self, row: int, tokens: Tensor) -> tuple[int, int]:
         """An id of what the sample says, to the text tower, and one of the duplicates it belongs to."""
-        group = self._groups[row].as_py() or f"row {row}"
+        group = self._facts.group(row) or f"row {row}"
         return _hash(tokens.numpy().tobytes()), _hash(group.encode())
 
 
@@ -198,40 +196,64 @@ def _load(dataset: PairDataset, batches: Iterable[Sequence[Draw]], num_workers: 
 class TrainingLoader:
     """Iterating gives the rest of the current epoch; the state is the place of the next batch.
 
-    The length is that of a whole epoch; without one Lightning would fetch, and count, a batch ahead.
+    The length is that of the current epoch, of which a part may have been seen in batches of another size; without a
+    length Lightning would fetch, and count, a batch ahead.
+
+    Args:
+        dataset: the samples.
+        schedule: which of them come when.
+        num_workers: processes that decode.
+        made_from: changes with the samples and the seed.
+        passes_over: states of other samples, instead of refusing them.
     """
 
-    def __init__(self, dataset: PairDataset, schedule: Schedule, num_workers: int, made_from: str) -> None:
+    def __init__(
+        self, dataset: PairDataset, schedule: Schedule, num_workers: int, made_from: str, *, passes_over: bool = False
+    ) -> None:
         self.dataset, self.schedule, self.num_workers, self.made_from = dataset, schedule, num_workers, made_from
+        self.passes_over = passes_over
         self.epoch = self.next_batch = 0
 
     def __len__(self) -> int:
-        return len(self.schedule)
+        return self.schedule.batches(self.epoch)
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, first = self.epoch, self.next_batch
         draws = (self.schedule.batch(epoch, number) for number in range(first, len(self)))
         for number, batch in enumerate(_load(self.dataset, draws, self.num_workers), start=first + 1):
             # Before it is handed out: a checkpoint taken while it is in use counts it as seen.
-            self.epoch, self.next_batch = divmod(epoch * len(self) + number, len(self))
+            self.epoch, self.next_batch = self.schedule.after(epoch, number)
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where to go on, and in which data."""
-        return {"epoch": self.epoch, "next_batch": self.next_batch, "made_from": self.made_from}
+        """Where to go on, in which data, and in batches of what size the place is told."""
+        return {
+            "epoch": self.epoch,
+            "next_batch": self.next_batch,
+            "since": list(self.schedule.since),
+            "manner": self.schedule.manner,
+            "made_from": self.made_from,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a checkpoint was taken.
+        """Go on where a checkpoint was taken; with batches of another size or other ranks, at the same sample.
 
         Raises:
-            InputError: it was taken over other data or batches.
+            InputError: it was taken over other data.
         """
         if state["made_from"] != self.made_from:
+            if self.passes_over:
+                return
             raise InputError(
-                "the checkpoint was made with another dataset, batch size, replay, seed or number of devices: "
-                "its position means nothing here"
+                "the checkpoint was made with other training samples or another seed: its position means nothing here"
             )
+        self.schedule = going_on(self.schedule, state)
         self.epoch, self.next_batch = state["epoch"], state["next_batch"]
+
+
+def going_on(schedule: Schedule, state: dict[str, Any]) -> Schedule:
+    """A schedule that goes on from the state of a loader."""
+    return schedule.going_on(Origin(*state["since"]), state["manner"], state["epoch"], state["next_batch"])
 
 
 class ValidationLoader:
@@ -281,7 +303,7 @@ def replayed_split(config: DataConfig) -> tuple[Path, str] | None:
 
 
 def data_fingerprint(config: DataConfig) -> str:
-    """Changes with the content of what is trained on and with how batches are made of it; not with paths or speeds.
+    """Changes with the samples that are trained on and replayed, and their weights; not with paths or batches.
 
     Raises:
         ConfigError: replay is asked for, but there is nothing to replay.
@@ -291,7 +313,7 @@ def data_fingerprint(config: DataConfig) -> str:
     digests: list[Any] = [split_digests(*source) for source in ((config.dataset, "train"), replayed) if source]
     if config.sources or not digests[0]:
         digests[0] = sources_fingerprint(config)
-    return fingerprint(digests, config.batch_size, config.replay, config.crop_scale)
+    return fingerprint(digests)
 
 
 class CLIPDataModule(lightning.LightningDataModule):
@@ -300,15 +322,17 @@ class CLIPDataModule(lightning.LightningDataModule):
     Args:
         config: what and how; or give its fields by name: `CLIPDataModule(dataset=Path("dataset"), batch_size=64)`.
         seed: of the order and the augmentation.
+        anew: where a checkpoint was made over other samples, begin its epoch again with these; without it that is an
+            error.
         **fields: of DataConfig.
     """
 
-    def __init__(self, config: DataConfig | None = None, *, seed: int = 0, **fields: Any) -> None:
+    def __init__(self, config: DataConfig | None = None, *, seed: int = 0, anew: bool = False, **fields: Any) -> None:
         super().__init__()
         if "dataset" in fields:
             fields["dataset"] = Path(fields["dataset"])
         self.config = config or DataConfig(**fields)
-        self.seed = seed
+        self.seed, self.anew = seed, anew
         self._loader: TrainingLoader | None = None
         self._position: dict[str, Any] | None = None
         self._lengths: CaptionLengths | None = None
@@ -351,10 +375,21 @@ class CLIPDataModule(lightning.LightningDataModule):
             self._lengths = caption_lengths(self._training, clip.tokenizer, self.seed)
         return self._lengths
 
-    @property
-    def batches_per_epoch(self) -> int:
-        """Optimiser steps that one pass over the training samples takes."""
-        return len(self.schedule)
+    def steps(self, epochs: int, accumulated: int = 1) -> int:
+        """Optimiser steps after so many epochs; of a run that is continued, those that it has made included.
+
+        Args:
+            epochs: since the beginning of the run.
+            accumulated: batches a step; the last of an epoch may have fewer.
+        """
+        schedule, made, first, begun = self.schedule, 0, 0, 0
+        if position := self._position:
+            schedule, made, first = going_on(schedule, position), position["steps"], position["epoch"]
+            begun = position["next_batch"] // accumulated  # steps of that epoch
+        numbers = range(first, max(first, epochs))
+        if len(numbers) > 1:  # only the first may be cut otherwise
+            made += (len(numbers) - 1) * -(-len(schedule) // accumulated)
+        return made + (-(-schedule.batches(first) // accumulated) - begun if numbers else 0)
 
     def train_dataloader(self) -> TrainingLoader:
         """The stateful loader of the train split, with replay."""
@@ -368,21 +403,35 @@ class CLIPDataModule(lightning.LightningDataModule):
             TrainingView(clip.preprocess_cfg, self.config.crop_scale) if augmented else EvaluationView(clip.preprocess)
         )
         dataset = PairDataset(index, view, clip.tokenizer, self.seed, self._training.templates, self._trim())
-        made_from = fingerprint(data_fingerprint(self.config), self.seed, self.schedule.world_size)
-        self._loader = TrainingLoader(dataset, self.schedule, self.config.num_workers, made_from)
+        # What Lightning has kept of the loader beside our own position may be of other samples.
+        self._loader = TrainingLoader(
+            dataset, self.schedule, self.config.num_workers, self._made_from, passes_over=self.anew
+        )
         if self._position:
             self._loader.load_state_dict(self._position)
         return self._loader
 
+    @cached_property
+    def _made_from(self) -> str:
+        return fingerprint(data_fingerprint(self.config), self.seed)
+
     # Lightning restores the loader's own state in most cases, but not from a checkpoint taken at the end of an epoch.
 
     def state_dict(self) -> dict[str, Any]:
-        """The place of the next batch, for a checkpoint."""
-        return {"position": self._loader.state_dict() if self._loader else None}
+        """The place of the next batch, and the steps before it, for a checkpoint."""
+        if self._loader is None:
+            return {"position": None}
+        steps = self.trainer.global_step if self.trainer else 0
+        return {"position": self._loader.state_dict() | {"steps": steps}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Start the next training loader where the checkpoint was taken."""
         self._position = state_dict["position"]
+        if self._position and self.anew and self._position["made_from"] != self._made_from:
+            # The batches that were made stay counted; of these samples none has been seen in this epoch.
+            place = self._position["epoch"], self._position["next_batch"]
+            new = {"since": list(Origin(*place)), "manner": self.schedule.manner, "made_from": self._made_from}
+            self._position |= new
 
     def val_dataloader(self) -> ValidationLoader | list[Any]:
         """The val split, each rank an equal part of it; nothing where the dataset has none."""

@@ -2,13 +2,16 @@
 
     RUN/config.yaml            the configuration
     RUN/inputs.json            fingerprints of the dataset and of the weights that training starts from
-    RUN/checkpoints/last.ckpt  where the run goes on; best.ckpt: the best of the validations by `evaluate.monitor`
+    RUN/checkpoints/last.ckpt  where the run goes on; previous.ckpt: the one before; best.ckpt: the best of the
+                               validations by `evaluate.monitor`
+    RUN/changes.json           what was changed while it was interrupted
     RUN/metrics.csv  tensorboard/
     RUN/before.json  evaluation.json  examples.json      (finetune/callback.py)
     RUN/finished.json          written last
 
-A run goes on only under the configuration and the inputs it was begun with, as far as they matter to its result;
-otherwise it says what differs.
+A run goes on under the configuration and the inputs it was begun with, as far as they matter to its result. With
+another batch or number of devices it goes on at the same sample, and says so; with other data or another key that
+matters only if told to (`changed`). A folder that is no run's is left alone.
 """
 
 from __future__ import annotations
@@ -29,11 +32,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from curate.clip import weights_fingerprint
-from curate.errors import Busy, ConfigError, did_you_mean
+from curate.errors import Busy, ConfigError, InputError, did_you_mean
 from curate.options import read_config
 from curate.shards import fingerprint, sweep, write_text
 from finetune.config import SHARDED, FitConfig, TrainerConfig
 from finetune.keep import LOWER_IS_BETTER, TRADE_OFF, USUAL_GAIN, Goal, goal
+from finetune.runs import INTERPOLATED
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -59,9 +63,31 @@ IMMATERIAL = (
     "data.num_workers",
     "data.eval_batch_size",
 )
+# What it may be continued with another value of without further ado: it goes on at the same sample.
+RECUT = (
+    "data.batch_size",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.accumulate_grad_batches",
+)
+# What a checkpoint is made of: with others there is nothing to go on from.
+FIXED = (
+    "weights",
+    "model.clip.",
+    "model.adapter.",
+    "model.loss.kind",
+    "model.loss.distill_",
+    "model.loss.l2_start",
+    "model.optimizer.ema",
+    "model.optimizer.layer_decay",
+    "model.optimizer.image_lr",
+    "model.optimizer.text_lr",
+)
 OURS = (
     "config.yaml",
     "inputs.json",
+    "changes.json",
     "checkpoints",
     "metrics.csv",
     "tensorboard",
@@ -107,31 +133,38 @@ def plan(config: FitConfig) -> Plan:
         return _plan(config, *_prepare(config))
 
 
-def fit(config: FitConfig, *, restart: bool = False) -> FitResult:
+def fit(config: FitConfig, *, restart: bool = False, changed: bool = False, ckpt_path: str | None = None) -> FitResult:
     """Train as configured, or go on where the same run was interrupted, or do nothing if it is finished.
 
     Args:
         config: everything.
         restart: forget what an earlier run left in `config.out`.
+        changed: go on although the data or a key that matters is another.
+        ckpt_path: `last`: there must be something to go on from; or the checkpoint to go on from, of this run or, into
+            a new folder, of another.
 
     Raises:
-        ConfigError: `config.out` holds a run of another configuration or other inputs; or a key does not fit the rest.
-        InputError: the dataset cannot be read.
+        ConfigError: `config.out` holds a run of another configuration or other inputs, or what is no run; or a key does
+            not fit the rest.
+        InputError: the dataset cannot be read; or there is no whole checkpoint where there should be one.
         ModelError: the CLIP cannot be had, or does not fit the adapter.
         Busy: another process is training into the same folder.
-        KeyboardInterrupt: Ctrl-C, after saving a checkpoint; SIGTERM raises SystemExit(143).
+        KeyboardInterrupt: Ctrl-C, after saving a checkpoint; SIGTERM raises SystemExit(143), SIGUSR1 SystemExit(138).
     """
     from finetune.checkpoints import Interrupted
 
+    if restart and ckpt_path:
+        raise ConfigError("ckpt_path: --restart begins anew; give one of the two")
     with _only_process(config.out), _quiet():
         if restart and _is_first_process():
             _forget(config.out)
-        _begin(config)
+        start = _start(config.out, ckpt_path)
+        _begin(config, changed=changed, goes_on=start is not None)
         if (config.out / "finished.json").is_file():
             logger.info("%s: finished already; nothing to do", config.out)
             return _result(config.out, finished_before=True)
         try:
-            return _run(config)
+            return _run(config, start, anew=changed)
         except Interrupted as stop:
             logger.warning("%s: interrupted; the same command continues it", config.out)
             if stop.code == 130:
@@ -165,12 +198,62 @@ def _is_first_process() -> bool:
 
 
 def _forget(out: Path) -> None:
-    for name in OURS:
-        path = out / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    """Remove what a run left.
+
+    Raises:
+        ConfigError: it was none; someone else's files have such names.
+    """
+    found = [out / name for name in OURS if (out / name).exists()]
+    if found and not (out / "inputs.json").is_file():
+        raise ConfigError(f"out: {found[0]} is there, but no run of `finetune fit`; give another `out`")
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _begin(config: FitConfig) -> None:
+def _start(out: Path, ckpt_path: str | None) -> Path | None:
+    """The checkpoint to go on from; None: from the beginning. From another run's, its figures are taken along.
+
+    Raises:
+        InputError: none where there should be one, or none that is whole.
+        ConfigError: another run's, but there is a run here.
+    """
+    from finetune.checkpoints import damage_of, newest_checkpoint
+
+    folder = out / "checkpoints"
+    if ckpt_path in (None, "last"):
+        found = newest_checkpoint(folder)
+        if ckpt_path and not found:
+            raise InputError(f"ckpt_path: {folder}: no checkpoint to go on from; leave --ckpt_path out to begin")
+        return found
+    path = Path(ckpt_path)  # type: ignore[arg-type]
+    if not path.is_file():
+        raise InputError(f"ckpt_path: {path}: no such file; expected last or the path of a checkpoint")
+    if damage := damage_of(path):
+        raise InputError(f"ckpt_path: {path} is damaged ({damage})")
+    other = path.resolve().parent.parent
+    if other != out.resolve() and _is_first_process():
+        if any(folder.glob("*.ckpt")):
+            raise ConfigError(f"ckpt_path: {path} is of another run, but {out} holds one already; give another `out`")
+        _take_along(other, out)
+        best = path.with_name("best.ckpt")
+        if best.is_file() and best.stat().st_mtime <= path.stat().st_mtime:  # else it is of later steps
+            folder.mkdir(exist_ok=True)
+            shutil.copy(best, folder)
+    return path
+
+
+def _take_along(other: Path, out: Path) -> None:
+    """Copy what a run is compared with when it is continued, and what it has measured so far."""
+    needed = ("inputs.json", "config.yaml", "before.json")
+    if missing := [name for name in needed if not (other / name).is_file()]:
+        raise InputError(f"ckpt_path: {other}: no {missing[0]}; expected a checkpoint in the folder of a run")
+    _forget(out)
+    for name in (*needed, "metrics.csv", "changes.json"):
+        if (other / name).is_file():
+            shutil.copy(other / name, out / name)
+
+
+def _begin(config: FitConfig, *, changed: bool = False, goes_on: bool = False) -> None:
     """Write down what this run is made of, or check that it is what an earlier call wrote.
 
     An earlier call that trained nothing, because its dataset was wrong, say, is forgotten.
@@ -180,13 +263,19 @@ def _begin(config: FitConfig) -> None:
     path = config.out / "config.yaml"
     if not _is_first_process():
         return
-    if not any((config.out / "checkpoints").glob("*.ckpt")) and not (config.out / "finished.json").is_file():
+    finished = config.out / "finished.json"
+    if not goes_on and not finished.is_file():
         _forget(config.out)
     if path.is_file():
         before = _plain(asdict(read_config(path, FitConfig)))  # keys that it does not know yet have their defaults
-        _check_same(path, _flat(before), _flat(written))
-        _check_same(path.with_name("inputs.json"), json.loads(path.with_name("inputs.json").read_text()), inputs)
-        return
+        differ = _differences(_flat(before), _flat(written))
+        differ |= _differences(json.loads(path.with_name("inputs.json").read_text()), inputs)
+        if not differ or (finished.is_file() and differ.keys() <= set(RECUT)):
+            return
+        _check_may_differ(config.out, differ, changed=changed)
+        if finished.is_file():
+            _unfinish(config.out)
+        _note_changes(config.out / "changes.json", differ)
     write_text(path.with_name("inputs.json"), json.dumps(inputs, indent=1))
     write_text(path, yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
 
@@ -202,13 +291,44 @@ def _inputs(config: FitConfig) -> dict[str, str]:
     }
 
 
-def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What was and is, of the keys that matter."""
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in IMMATERIAL]
-    if keys:
-        what = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys[:3])
+    return {key: (before.get(key), now.get(key)) for key in keys}
+
+
+def _check_may_differ(out: Path, differ: dict[str, tuple[Any, Any]], *, changed: bool) -> None:
+    """Tell what differs from the earlier call.
+
+    Raises:
+        ConfigError: the run cannot go on with that, or not without a word.
+    """
+    told = {key: f"{key} was {before!r} and is {now!r}" for key, (before, now) in differ.items()}
+    where = f"{out}: an earlier run was made with something else"
+    if fixed := [text for key, text in told.items() if key.startswith(FIXED)]:
         raise ConfigError(
-            f"{path}: an earlier run was made with something else: {what}. Give another `out`, or --restart"
+            f"{where}: {'; '.join(fixed[:3])}. Its checkpoints do not fit that: give another `out`, or --restart"
         )
+    material = [text for key, text in told.items() if key not in RECUT]
+    if material and not changed:
+        raise ConfigError(
+            f"{where}: {'; '.join(material[:3])}. Give another `out`, or --restart, or --continue_changed to go on so"
+        )
+    logger.warning("%s: goes on, but %s", out, "; ".join(told.values()))
+
+
+def _unfinish(out: Path) -> None:
+    """Forget the end of a run that is to go on."""
+    for name in ("finished.json", "interpolation.json", "evaluation.json", "examples.json", "report.html"):
+        (out / name).unlink(missing_ok=True)
+    (out / "checkpoints" / INTERPOLATED).unlink(missing_ok=True)
+
+
+def _note_changes(path: Path, differ: dict[str, tuple[Any, Any]]) -> None:
+    """Add to what was changed while the run was interrupted."""
+    said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    said.append({key: {"was": before, "is": now} for key, (before, now) in differ.items()})
+    write_text(path, json.dumps(said, indent=1))
 
 
 def _plain(value: Any) -> Any:
@@ -241,20 +361,19 @@ def _result(out: Path, **how: bool) -> FitResult:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def _run(config: FitConfig) -> FitResult:
+def _run(config: FitConfig, start: Path | None, *, anew: bool) -> FitResult:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from finetune.plan import tell
 
-    last = config.out / "checkpoints" / "last.ckpt"
-    resumed = last.is_file()
-    module, data, trainer = _prepare(config)
+    resumed = start is not None
+    module, data, trainer = _prepare(config, anew=anew)
     if _is_first_process():
         tell(_plan(config, module, data, trainer))
     if resumed:
-        logger.info("%s: going on from %s", config.out, last)
+        logger.info("%s: going on from %s", config.out, start)
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=last if resumed else None, weights_only=True)
+        trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
     if trainer.is_global_zero:
@@ -262,7 +381,7 @@ def _run(config: FitConfig) -> FitResult:
     return _result(config.out, resumed=resumed)
 
 
-def _prepare(config: FitConfig) -> tuple[CLIPModule, CLIPDataModule, Trainer]:
+def _prepare(config: FitConfig, *, anew: bool = False) -> tuple[CLIPModule, CLIPDataModule, Trainer]:
     """Everything that training needs, made from the same seed each time."""
     import lightning
 
@@ -274,7 +393,8 @@ def _prepare(config: FitConfig) -> tuple[CLIPModule, CLIPDataModule, Trainer]:
     model = config.model
     kind = ShardedCLIPModule if config.trainer.strategy == SHARDED else CLIPModule
     module = kind(model.clip, model.adapter, model.loss, model.optimizer, model.compute)
-    return module, CLIPDataModule(config.data, seed=config.seed_everything), _trainer(config)
+    data = CLIPDataModule(config.data, seed=config.seed_everything, anew=anew)
+    return module, data, _trainer(config, anew=anew)
 
 
 def _plan(config: FitConfig, module: CLIPModule, data: CLIPDataModule, trainer: Trainer) -> Plan:
@@ -298,7 +418,7 @@ def _precision(config: TrainerConfig) -> str:
     return "bf16-mixed" if _on_cuda(config) and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
-def _trainer(config: FitConfig) -> Trainer:
+def _trainer(config: FitConfig, *, anew: bool) -> Trainer:
     import lightning
     import torch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -321,7 +441,7 @@ def _trainer(config: FitConfig) -> Trainer:
         return lightning.Trainer(
             **given,
             default_root_dir=config.out,
-            callbacks=_callbacks(config, shown=shown),
+            callbacks=_callbacks(config, shown=shown, anew=anew),
             logger=[
                 MetricsFile(config.out / "metrics.csv"),
                 TensorBoardLogger(config.out, name="tensorboard", version="", default_hp_metric=False),
@@ -336,13 +456,13 @@ def _trainer(config: FitConfig) -> Trainer:
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
 
 
-def _callbacks(config: FitConfig, *, shown: bool) -> list[Any]:
-    from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+def _callbacks(config: FitConfig, *, shown: bool, anew: bool) -> list[Any]:
+    from lightning.pytorch.callbacks import RichProgressBar
 
     from finetune.alarms import Alarms
     from finetune.averaging import MovingAverage
     from finetune.callback import EvaluationCallback
-    from finetune.checkpoints import KeepLast, RandomState
+    from finetune.checkpoints import EpochLength, GivenRates, KeepBest, KeepLast, RandomState
     from finetune.loggers import ProgressLines
 
     folder = config.out / "checkpoints"
@@ -351,6 +471,8 @@ def _callbacks(config: FitConfig, *, shown: bool) -> list[Any]:
         evaluation,
         Alarms(config.trainer.log_every_n_steps, config.checkpoint_every_n_steps),
         RandomState(),
+        EpochLength(),
+        *([GivenRates()] if anew else []),
         RichProgressBar() if shown else ProgressLines(),
     ]
     if decay := config.model.optimizer.ema:
@@ -360,16 +482,8 @@ def _callbacks(config: FitConfig, *, shown: bool) -> list[Any]:
     if evaluation.goal:
         monitor = TRADE_OFF
     if monitor:
-        best = ModelCheckpoint(
-            folder,
-            "best",
-            monitor=monitor,
-            mode="min" if monitor.endswith(LOWER_IS_BETTER) else "max",
-            auto_insert_metric_name=False,
-            enable_version_counter=False,
-            save_on_train_epoch_end=False,
-        )
-        callbacks.append(best)
+        mode = "min" if monitor.endswith(LOWER_IS_BETTER) else "max"
+        callbacks.append(KeepBest(folder, monitor, mode))
     return [*callbacks, KeepLast(folder, config.checkpoint_every_n_steps)]
 
 
@@ -416,6 +530,7 @@ def _quiet() -> Iterator[None]:
             r".*smaller than the logging interval",
             r".*treespec, LeafSpec",  # Lightning 2.6 on recent torch
             r"Checkpoint directory .* exists and is not empty",
+            r"Be aware that when using `ckpt_path`",  # another evaluate.monitor than before
         ):
             warnings.filterwarnings("ignore", message=hint)
         try:

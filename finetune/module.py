@@ -284,12 +284,15 @@ class CLIPModule(lightning.LightningModule):
             ConfigError: the data is no CLIPDataModule and the trainer has no max_steps.
         """
         trainer = self.trainer
-        batches = getattr(trainer.datamodule, "batches_per_epoch", None)  # type: ignore[attr-defined]
-        if batches is None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(data, "steps"):
             if trainer.max_steps < 0:
                 raise ConfigError("trainer.max_steps: needed for the learning rate where the data is no CLIPDataModule")
             return trainer.max_steps
-        return total_steps(trainer.max_steps, trainer.max_epochs, -(-batches // trainer.accumulate_grad_batches))
+        epochs = trainer.max_epochs
+        if epochs is None or epochs < 0:
+            return trainer.max_steps
+        return total_steps(trainer.max_steps, 1, data.steps(epochs, trainer.accumulate_grad_batches))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """One step, after which the temperature of a softmax is brought back into its bounds.

@@ -1,6 +1,8 @@
 """Which samples are in which batch: a pure function of (seed, epoch, number of the batch).
 
-So the position is all the state that a loader has, and a resumed run reads nothing twice.
+So the position is all the state that a loader has, and a resumed run reads nothing twice. The order of an epoch does
+not depend on how it is cut into batches: a run that goes on with another batch size or number of ranks does so at the
+same sample (`Schedule.since`), and the rest of its epoch are the samples that it had not seen.
 
 An epoch is every sample once, or, of sources with weights, `weight` passes over each source: an exact number of draws,
 taken one after the other from an endless stream of permutations of that source. So half a pass is another half in the
@@ -12,9 +14,10 @@ top, from an endless stream of permutations of their own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,10 +29,60 @@ class Draw(NamedTuple):
     turn: int
 
 
+# Up to so many numbers a permutation is kept as an array; beyond, each place is calculated when it is asked for.
+KEPT = 1 << 20
+_ROUNDS = 8
+
+
+def shuffled(places: np.ndarray, size: int, *seed: int) -> np.ndarray:
+    """What stands at these places of a permutation of the numbers below `size`, which depends on the seeds alone.
+
+    Of a large one nothing is kept, so that it takes no memory however many epochs, sources and turns there are.
+    """
+    if size <= KEPT:
+        return permutation(size, *seed)[places]
+    return _feistel(places, size, _round_keys(*seed))
+
+
 @lru_cache(maxsize=32)
 def permutation(size: int, *seed: int) -> np.ndarray:
-    """The numbers below `size` in an order that depends on the seeds alone."""
-    return np.random.default_rng(seed).permutation(size)
+    """The numbers below `size` in an order that depends on the seeds alone, as uint32."""
+    return np.random.default_rng(seed).permutation(np.arange(size, dtype=np.uint32))
+
+
+@lru_cache(maxsize=1024)
+def _round_keys(*seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 1 << 64, _ROUNDS, np.uint64)
+
+
+def _feistel(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """A Feistel network over the numbers below `size`, written in two digits of base about √size.
+
+    In turn each digit is moved by a hash of the other, which can be undone, so that no two places meet (Black and
+    Rogaway 2002, "Ciphers with arbitrary finite domains", generalised Feistel). There are a few more numbers of two
+    such digits than `size`; what falls among those goes through again until it does not (cycle walking).
+    """
+    base = math.isqrt(size - 1) + 1
+    rows = -(-size // base)
+    x = np.asarray(places, np.uint64)
+    found, walking = x.copy(), np.ones(x.shape, bool)
+    while walking.any():
+        high, low = np.divmod(found[walking], np.uint64(base))
+        for number, key in enumerate(keys):
+            if number % 2:
+                high = (high + _hashed(low ^ key) % np.uint64(rows)) % np.uint64(rows)
+            else:
+                low = (low + _hashed(high ^ key) % np.uint64(base)) % np.uint64(base)
+        found[walking] = high * np.uint64(base) + low
+        walking = found >= size
+    return found
+
+
+def _hashed(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): bits that depend on all bits of `x`; wraps around."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 @dataclass(frozen=True)
@@ -49,7 +102,26 @@ class Passes:
         if self.weight == 1:
             return Draw(place, epoch)  # the shuffle of the epoch is order enough
         turn, place_in_turn = divmod(epoch * self.draws + place, self.num_samples)
-        return Draw(int(permutation(self.num_samples, *seed, turn)[place_in_turn]), turn)
+        return Draw(int(shuffled(np.array([place_in_turn]), self.num_samples, *seed, turn)[0]), turn)
+
+
+class Origin(NamedTuple):
+    """Where batches of the present size begin: at the first sample of all, or where a run went on with another size.
+
+    Attributes:
+        epoch: of the first of these batches.
+        batches: of that epoch, made before, of other sizes.
+        seen: draws of fresh samples in them, of all ranks together.
+        replayed: draws of the replay stream in all batches before, of all ranks together.
+    """
+
+    epoch: int = 0
+    batches: int = 0
+    seen: int = 0
+    replayed: int = 0
+
+
+BEGINNING = Origin()
 
 
 @dataclass(frozen=True)
@@ -65,6 +137,7 @@ class Schedule:
         world_size: number of ranks.
         rank: whose slice.
         sources: sizes and weights of the sources that make up num_samples, in the order of the index; none: all once.
+        since: where batches of this size begin.
     """
 
     num_samples: int
@@ -75,6 +148,7 @@ class Schedule:
     world_size: int = 1
     rank: int = 0
     sources: tuple[Passes, ...] = ()
+    since: Origin = BEGINNING
 
     @property
     def replayed(self) -> int:
@@ -92,25 +166,58 @@ class Schedule:
         return sum(source.draws for source in self.sources) if self.sources else self.num_samples
 
     @cached_property
-    def _ends(self) -> tuple[int, int]:
-        """Batches an epoch, and the fresh samples of the last."""
-        whole, rest = divmod(self.draws, self.fresh * self.world_size)
+    def _whole(self) -> tuple[int, int]:
+        return self._cut(self.draws)
+
+    @cached_property
+    def _rest(self) -> tuple[int, int]:
+        return self._cut(self.draws - self.since.seen)
+
+    def _cut(self, draws: int) -> tuple[int, int]:
+        """Batches that so many draws make, and the fresh samples of the last."""
+        whole, rest = divmod(draws, self.fresh * self.world_size)
         last = rest // self.world_size
         if last * self.world_size >= 2 or not whole:
             return whole + 1, last
         return whole, self.fresh + last
 
+    def _ends(self, epoch: int) -> tuple[int, int]:
+        """Number of the batch behind the last of an epoch, and the fresh samples of the last."""
+        if epoch != self.since.epoch:
+            return self._whole
+        batches, last = self._rest
+        return self.since.batches + batches, last
+
     def __len__(self) -> int:
-        """Batches an epoch."""
-        return self._ends[0]
+        """Batches a whole epoch."""
+        return self._whole[0]
+
+    def batches(self, epoch: int) -> int:
+        """Batches of one epoch, those of other sizes included."""
+        return self._ends(epoch)[0]
+
+    def after(self, epoch: int, number: int) -> tuple[int, int]:
+        """Epoch and number of the batch that comes after so many batches of an epoch."""
+        return (epoch, number) if number < self.batches(epoch) else (epoch + 1, 0)
 
     def batch(self, epoch: int, number: int) -> list[Draw]:
         """The samples of one batch, fresh ones first."""
-        size = self._ends[1] if number == len(self) - 1 else self.fresh
-        start = self.fresh * self.world_size * number + size * self.rank
-        order = permutation(self.draws, self.seed, epoch)
-        draws = [self._fresh(int(place), epoch) for place in order[start : start + size]]
+        size = self._ends(epoch)[1] if number == self.batches(epoch) - 1 else self.fresh
+        start = self._seen(epoch, number) + size * self.rank
+        order = shuffled(np.arange(start, start + size), self.draws, self.seed, epoch)
+        draws = [self._fresh(int(place), epoch) for place in order]
         return draws + (self._replay(epoch, number) if self.replay else [])
+
+    def _seen(self, epoch: int, number: int) -> int:
+        """Draws of an epoch before one of its batches, of all ranks together."""
+        first = self.since if epoch == self.since.epoch else BEGINNING
+        return first.seen + (number - first.batches) * self.fresh * self.world_size
+
+    def origin(self, epoch: int, number: int) -> Origin:
+        """The place of a batch, for a schedule that goes on from there with other batches of the same samples."""
+        # A rest too small for a contrast is not left over: it begins a few samples earlier.
+        seen = min(self._seen(epoch, number), self.draws - 2 * self.world_size)
+        return Origin(epoch, number, max(0, seen) if number else 0, self._replayed(epoch, number))
 
     def _fresh(self, place: int, epoch: int) -> Draw:
         """Draw number `place` of an epoch before it is shuffled."""
@@ -122,15 +229,49 @@ class Schedule:
             place, first_row = place - source.draws, first_row + source.num_samples
         return Draw(place, epoch)
 
+    def _replayed(self, epoch: int, number: int) -> int:
+        """Draws of the replay stream before a batch, of all ranks together."""
+        rest = self.since.batches if epoch == self.since.epoch else 0
+        before = 0
+        if epoch > self.since.epoch:
+            before = self._replay_of(self._rest) + (epoch - self.since.epoch - 1) * self._replay_of(self._whole)
+        return self.since.replayed + (before + (number - rest) * self.replayed) * self.world_size
+
+    def _replay_of(self, ends: tuple[int, int]) -> int:
+        """Replayed samples a rank in so many batches, of which the last has so many fresh samples."""
+        batches, last = ends
+        return (batches - 1) * self.replayed + self._last_replay(last) if self.replay else 0
+
+    def _last_replay(self, fresh: int) -> int:
+        return max(1, round(fresh * self.replayed / self.fresh))
+
     def _replay(self, epoch: int, number: int) -> list[Draw]:
         """The next samples of the endless replay stream, in every batch the same share."""
-        last = max(1, round(self._ends[1] * self.replayed / self.fresh))
-        count = last if number == len(self) - 1 else self.replayed
-        an_epoch = (len(self) - 1) * self.replayed + last
-        start = (epoch * an_epoch + number * self.replayed) * self.world_size + self.rank * count
+        end, last = self._ends(epoch)
+        count = self._last_replay(last) if number == end - 1 else self.replayed
+        start = self._replayed(epoch, number) + self.rank * count
         draws = []
         for place in range(start, start + count):
             turn, place_in_turn = divmod(place, self.num_replay)
-            row = permutation(self.num_replay, self.seed, turn, 1)[place_in_turn]
+            row = shuffled(np.array([place_in_turn]), self.num_replay, self.seed, turn, 1)[0]
             draws.append(Draw(self.num_samples + int(row), turn))
         return draws
+
+    # --- going on ---
+
+    @property
+    def manner(self) -> dict[str, Any]:
+        """What decides how an order of samples is cut into batches."""
+        return {"batch_size": self.batch_size, "replay": self.replay, "world_size": self.world_size}
+
+    def going_on(self, since: Origin, manner: dict[str, Any], epoch: int, number: int) -> Schedule:
+        """This schedule, going on where one over the same samples stood: at its batch, or at that batch's first sample.
+
+        Args:
+            since: of the other.
+            manner: of the other, which may differ.
+            epoch: where it stood.
+            number: of the batch that would have come next.
+        """
+        other = replace(self, since=since, rank=0, **manner)
+        return replace(self, since=since if manner == self.manner else other.origin(epoch, number))

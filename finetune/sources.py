@@ -10,7 +10,7 @@ function of (seed, pass, row), as everything of a sample is, so that workers, ra
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from curate.errors import InputError
 from curate.pairs import Wanted, read_pairs
-from curate.shards import SampleIndex, fingerprint
+from curate.shards import Facts, MemberReader, SampleIndex, fingerprint, shard_folder
 from finetune.config import DataConfig, SourceConfig
 from finetune.labelled import class_name
 from finetune.prompts import prompts
@@ -93,13 +93,16 @@ def read_source(source: SourceConfig, key: str, number: int = 0) -> SampleIndex:
         InputError: it cannot be read, has no pair (left), no caption at all, or a sample without the label that its
             templates need.
     """
+    import pyarrow as pa
     import pyarrow.compute as pc
 
-    wanted = Wanted(key, source.where, source.image, source.caption)
+    wanted = Wanted(key, source.where, source.image, source.caption, is_labelled=bool(source.templates))
     index = read_pairs(source.path, wanted)
     if not len(index):
         why = f"no row for which {source.where}" if source.where else "no image"
         raise InputError(f"{key}: {source.path}: {why}; nothing to train on")
+    if pa.types.is_null(index.table["captions"].type):  # so many that they stay in the tars
+        return _marked(index, source.path, number, labelled=False)
     without = pc.equal(pc.list_value_length(index.table["captions"]), 0)
     bare = pc.sum(without).as_py()
     if bare == len(index) or (bare and source.templates):
@@ -124,10 +127,12 @@ def _marked(index: SampleIndex, path: Path, number: int | None, *, labelled: boo
         labels = pc.utf8_lower(pc.list_element(table["captions"], 0))
         groups = pc.binary_join_element_wise("label", labels, ":")
     else:
-        groups = pc.binary_join_element_wise(str(path), table["duplicate_group"], ":")
+        groups = table["duplicate_group"]
+        if not pa.types.is_null(groups.type):
+            groups = pc.binary_join_element_wise(str(shard_folder(path)), groups, ":")
     place = table.schema.get_field_index("duplicate_group")
     table = table.set_column(place, "duplicate_group", groups)
-    return SampleIndex(index.tars, table.append_column("source", pa.array([number] * len(index), pa.int32())))
+    return SampleIndex(index.tars, table.append_column("source", pa.repeat(pa.scalar(number, pa.int32()), len(index))))
 
 
 def concatenate(first: SampleIndex, second: SampleIndex) -> SampleIndex:
@@ -163,15 +168,15 @@ def caption_lengths(found: TrainingSet, tokenizer: Callable[..., Tensor], seed: 
     Tokenizers cut without a word. One that had room for one token more shows what it did: a text that fits comes out
     the same with one more token of padding, a text that was cut does not.
     """
-    rows = np.arange(len(found.index))
-    if len(rows) > _COUNTED:
-        rows = np.sort(np.random.default_rng(seed).choice(len(rows), _COUNTED, replace=False))
-    table = found.index.table.select(["captions", "source"]).take(rows)
+    rows: Iterable[int] = range(len(found.index))
+    if len(found.index) > _COUNTED:
+        rows = np.sort(np.random.default_rng(seed).choice(len(found.index), _COUNTED, replace=False)).tolist()
+    facts, sources = Facts(found.index, MemberReader(found.index.tars)), found.index.table["source"]
     texts = [
         text
-        for captions, source in zip(table["captions"].to_pylist(), table["source"].to_pylist(), strict=True)
-        for caption in captions
-        for text in _phrased(caption, found.templates[source])
+        for row in rows
+        for caption in facts.captions(row)
+        for text in _phrased(caption, found.templates[sources[row].as_py()])
     ]
     empty_L = tokenizer([""])[0]
     context, padding = len(empty_L), empty_L[-1]

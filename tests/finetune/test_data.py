@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from finetune.data import (
     has_split,
     random_crop,
 )
-from finetune.schedule import Draw, Schedule, permutation
+from finetune.schedule import KEPT, Draw, Schedule, permutation, shuffled
 from finetune.sources import concatenate, split_pairs
 from tests.finetune import tiny
 
@@ -96,6 +97,27 @@ def test_the_order_changes_with_epoch_and_seed_and_not_otherwise():
     assert permutation(40, 7, 0).tolist() != permutation(40, 8, 0).tolist()
 
 
+def test_a_large_order_is_calculated_place_by_place_and_as_good_as_a_shuffled_one():
+    size = KEPT + 12_345
+    places = np.arange(size)
+    order, other = (shuffled(places, size, 7, epoch).astype(np.int64) for epoch in (0, 1))
+    assert np.array_equal(np.sort(order), places)
+    some = np.array([size - 1, 5, 1 << 20])
+    assert np.array_equal(shuffled(some, size, 7, 0), order[some])  # whatever is asked for beside it
+    for one, two in ((order, places), (order, other), (order[1:], order[:-1])):
+        assert abs(np.corrcoef(one, two)[0, 1]) < 0.004  # four standard deviations
+    assert (order == places).sum() < 8  # one is expected
+    assert (np.diff(order) == 1).sum() < 8
+    # Where a place goes says nothing of it: 32 x 32 cells as full as chance has it.
+    cells = np.histogram2d(places, order, bins=32)[0]
+    expected = size / 32**2
+    assert ((cells - expected) ** 2 / expected).sum() / 31**2 == pytest.approx(1, abs=0.2)
+
+
+def test_a_small_order_is_numpys(monkeypatch):
+    assert np.array_equal(shuffled(np.array([3, 0]), 9, 4, 2), np.random.default_rng((4, 2)).permutation(9)[[3, 0]])
+
+
 @pytest.mark.parametrize(("replay", "each"), [(0.25, 2), (0.01, 1), (0.9, 7), (0.99, 7)])
 def test_replay_takes_its_share_of_each_batch(replay, each):
     batches = epoch_rows(schedule(70, num_replay=5, replay=replay))
@@ -118,6 +140,36 @@ def test_replayed_samples_go_round_their_split_evenly(num_samples, num_replay, b
     seen.update(draw.row for draw in draws)
     assert len(set(draws)) == len(draws)  # no sample twice in one turn
     assert max(seen.values()) - min(seen[num_samples + n] for n in range(num_replay)) <= 1
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.integers(8, 120), st.integers(0, 9), st.data())
+def test_cut_into_other_batches_the_rest_of_an_epoch_is_what_was_not_seen(num_samples, num_replay, data):
+    manners = st.tuples(
+        st.integers(2, 12), st.integers(1, 3), st.sampled_from([0.0, 0.3, 0.8] if num_replay else [0.0])
+    )
+    plan = schedule(num_samples, num_replay, *data.draw(st.tuples(st.integers(2, 12), st.sampled_from([0.0]))))
+    epoch = number = 0
+    seen: list[list[Draw]] = [[], [], []]
+    cuts = 0
+    while epoch < 3:
+        if data.draw(st.booleans()) and cuts < 3:  # saved, and taken up in another manner
+            size, world, replay = data.draw(manners)
+            new = schedule(num_samples, num_replay, size, replay, world)
+            plan, cuts = new.going_on(plan.since, plan.manner, epoch, number), cuts + 1
+            assert plan.after(epoch, number) == (epoch, number)  # there is always a batch
+        ranks = [replace(plan, rank=rank).batch(epoch, number) for rank in range(plan.world_size)]
+        assert len({len(draws) for draws in ranks}) == 1
+        seen[epoch] += [draw for draws in ranks for draw in draws]
+        epoch, number = plan.after(epoch, number + 1)
+    for draws in seen:
+        fresh = Counter(draw.row for draw in draws if draw.row < num_samples)
+        assert num_samples - len(fresh) <= 2 * cuts  # what ranks could not share out
+        assert fresh.total() - len(fresh) <= 6 * cuts  # and what filled a rest too small for a contrast
+    replayed = [draw for draws in seen for draw in draws if draw.row >= num_samples]
+    assert len(set(replayed)) == len(replayed)
+    if replayed:
+        assert max(replayed, key=lambda draw: draw.turn).turn == (len(replayed) - 1) // num_replay
 
 
 # --- views ------------------------------------------------------------------------------------------------------------
@@ -212,12 +264,33 @@ def test_a_dataset_without_duplicate_groups_is_read_too(clip, tmp_path):
 
 def test_replayed_rows_come_from_the_retain_split_or_from_another_dataset(clip, dataset, tmp_path):
     retained = WithClip(clip, config(dataset, replay=0.5)).train_dataloader()
-    assert [key[:5] for key in retained.dataset._keys.to_pylist()] == ["train"] * 40 + ["retai"] * 8
+    assert [key[:5] for key in retained.dataset.index.table["key"].to_pylist()] == ["train"] * 40 + ["retai"] * 8
     other = tiny.write_dataset(tmp_path, train=6, val=0, retain=0)
     replayed = WithClip(clip, config(dataset, replay=0.5, replay_dataset=other)).train_dataloader()
     assert len(replayed.dataset) == 46
     for batch in replayed:
         assert (batch["row"] >= 40).sum() == 4
+
+
+def test_of_a_very_large_dataset_only_places_are_kept_and_the_batches_are_the_same(clip, tmp_path, monkeypatch):
+    schema = pa.schema([("key", pa.string()), ("caption", pa.string()), ("duplicate_group", pa.string())])
+    said = ["a\u00e9 caption", None, " ", "x" * 700, "five"]
+    for split, size in (("train", 5), ("retain", 2)):
+        with ShardWriter(tmp_path / "shards" / f"{split}-00000", schema, made_from="test") as shard:
+            for number in range(size):
+                row = {"key": f"{split}{number}", "caption": said[number], "duplicate_group": [None, "g"][number % 2]}
+                shard.add(row, tiny.picture("red", "circle", number), "png")
+
+    def loader():
+        return WithClip(clip, config(tmp_path, batch_size=7, replay=0.3)).train_dataloader()
+
+    expected = batches(loader())
+    monkeypatch.setattr("curate.shards.MANY_SAMPLES", 3)
+    large = loader()
+    table = large.dataset.index.table
+    assert table["captions"].null_count == table["key"].null_count == 5  # retain is small
+    assert_same(batches(large), expected)
+    assert [large.dataset._facts.key(row) for row in (0, 4, 6)] == ["train0", "train4", "retain1"]
 
 
 def test_concatenated_indices_read_from_the_right_tars(dataset):
@@ -259,25 +332,52 @@ def test_augmentation_differs_between_epochs_and_is_off_at_full_scale(clip, data
     assert isinstance(plain.dataset.view, EvaluationView)
 
 
-@pytest.mark.parametrize(("consumed", "num_workers"), [(0, 0), (1, 0), (6, 0), (7, 0), (8, 0), (13, 0), (5, 2)])
-def test_a_loader_goes_on_from_its_state_at_any_batch(clip, dataset, consumed, num_workers):
+def test_saved_and_restored_at_every_batch_a_loader_gives_what_an_unbroken_one_does(clip, dataset):
+    def loader():
+        return WithClip(clip, config(dataset, replay=0.25, crop_scale=(0.4, 1.0))).train_dataloader()
+
+    unbroken, taken, state = loader(), [], loader().state_dict()
+    expected = [batch for _ in range(2) for batch in unbroken]
+    for _ in expected:
+        resumed = loader()
+        resumed.load_state_dict(pickle.loads(pickle.dumps(state)))
+        taken.append(next(iter(resumed)))
+        state = resumed.state_dict()
+    assert_same(taken, expected)
+    assert state == unbroken.state_dict()
+
+
+@pytest.mark.parametrize(("consumed", "num_workers"), [(7, 0), (5, 2)])
+def test_a_loader_goes_on_from_its_state_to_the_end(clip, dataset, consumed, num_workers):
     def loader():
         return WithClip(clip, config(dataset, replay=0.25, num_workers=num_workers)).train_dataloader()
 
-    unbroken = loader()
+    unbroken, broken, resumed = loader(), loader(), loader()
     expected = [batch for _ in range(2) for batch in unbroken]
-    broken, taken = loader(), 0
-    states = {0: broken.state_dict()}
-    for _ in range(2):
-        for _ in broken:
-            taken += 1
-            states[taken] = broken.state_dict()
-    resumed = loader()
-    resumed.load_state_dict(pickle.loads(pickle.dumps(states[consumed])))
+    for _ in zip(range(consumed), broken, strict=False):
+        pass
+    resumed.load_state_dict(broken.state_dict())
     rest = batches(resumed)
     while len(rest) < len(expected) - consumed:
         rest += batches(resumed)
     assert_same(rest, expected[consumed:])
+
+
+def test_a_loader_goes_on_at_the_same_sample_in_batches_of_another_size_and_for_other_ranks(clip, dataset):
+    first = WithClip(clip, config(dataset, batch_size=8, num_workers=2)).train_dataloader()
+    iterator = iter(first)  # decodes ahead of what it has handed out
+    seen = [row for _ in range(2) for row in next(iterator)["row"].tolist()]
+    state = first.state_dict()
+    del iterator
+    ranks = []
+    for rank in range(2):
+        loader = WithClip(clip, config(dataset, batch_size=3), world=(2, rank)).train_dataloader()
+        loader.load_state_dict(state)
+        assert len(loader) == 2 + 4
+        ranks.append([row for batch in loader for row in batch["row"].tolist()])
+        assert len(loader) == 7  # the next epoch is whole again
+    assert len(ranks[0]) == len(ranks[1])
+    assert sorted(seen + ranks[0] + ranks[1]) == list(range(40))
 
 
 def test_starting_a_loader_draws_no_global_random_number(clip, dataset):
@@ -287,11 +387,44 @@ def test_starting_a_loader_draws_no_global_random_number(clip, dataset):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("change", [{"batch_size": 4}, {"replay": 0.5}, {"crop_scale": (0.5, 1.0)}])
-def test_a_state_of_other_batches_is_refused(clip, dataset, change):
-    state = WithClip(clip, config(dataset)).train_dataloader().state_dict()
-    with pytest.raises(InputError, match="its position means nothing here"):
-        WithClip(clip, config(dataset, **change)).train_dataloader().load_state_dict(state)
+def test_a_state_over_other_samples_or_of_another_seed_is_refused_and_with_a_word_its_epoch_begins_anew(
+    clip, dataset, tmp_path
+):
+    first = WithClip(clip, config(dataset))
+    loader = first.train_dataloader()
+    for _ in zip(range(3), loader, strict=False):
+        pass
+    other = tiny.write_dataset(tmp_path, train=24)
+    for where, seed in ((other, 0), (dataset, 1)):
+        with pytest.raises(InputError, match="its position means nothing here"):
+            WithClip(clip, config(where), seed).train_dataloader().load_state_dict(loader.state_dict())
+        told = WithClip(clip, config(where), seed)
+        told.anew = True
+        told.load_state_dict(first.state_dict())
+        resumed = told.train_dataloader()
+        size = len(told.train_index)
+        assert len(resumed) == 3 + size // 8
+        assert sorted(row for batch in resumed for row in batch["row"].tolist()) == list(range(size))
+        assert (resumed.epoch, resumed.next_batch, len(resumed)) == (1, 0, size // 8)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "accumulated", "batch_size", "steps"),
+    # Of 5 batches an epoch 7 were made: 24 samples are left of the second of 3 epochs.
+    [(3, 1, 8, 15), (3, 1, 4, 7 + 6 + 10), (3, 1, 40, 7 + 1 + 1), (1, 1, 4, 7), (3, 2, 8, 4 + 2 + 3)],
+)
+def test_the_steps_of_a_continued_run_are_those_made_and_those_that_are_left(
+    clip, dataset, epochs, accumulated, batch_size, steps
+):
+    first = WithClip(clip, config(dataset))
+    loader = first.train_dataloader()
+    list(loader)
+    next(iterator := iter(loader))
+    next(iterator)
+    position = first.state_dict()["position"] | {"steps": 7 if accumulated == 1 else 4}
+    resumed = WithClip(clip, config(dataset, batch_size=batch_size))
+    resumed.load_state_dict({"position": position})
+    assert resumed.steps(epochs, accumulated) == steps
 
 
 def test_the_fingerprint_follows_the_content_and_not_the_place(dataset, tmp_path):

@@ -19,15 +19,16 @@ import numpy as np
 import pytest
 import torch
 
-from curate.errors import Busy, ConfigError
+from curate.errors import Busy, ConfigError, InputError
 from finetune import fit as fit_module
-from finetune.checkpoints import AtomicCheckpointIO, Interrupted, KeepLast, random_state, set_random_state
+from finetune.checkpoints import AtomicCheckpointIO, Interrupted, KeepBest, KeepLast, random_state, set_random_state
 from finetune.config import (
     AdapterConfig,
     ClipConfig,
     DataConfig,
     EvaluateConfig,
     FitConfig,
+    KeepConfig,
     ModelConfig,
     OptimizerConfig,
     TrainerConfig,
@@ -35,6 +36,7 @@ from finetune.config import (
 from finetune.fit import fit
 from finetune.loggers import MetricsFile
 from finetune.module import CLIPModule
+from finetune.schedule import Schedule
 from tests.finetune import tiny
 
 STEPS = 10  # an epoch: 40 samples, 4 of them fresh in a batch of 5
@@ -159,28 +161,6 @@ from finetune.fit import fit
 fit(pickle.loads(Path(sys.argv[1]).read_bytes()))
 """
 
-TRAIN_AND_DIE = """
-import os, pickle, signal, sys
-import torch
-torch.set_num_threads(1)
-from finetune.fit import fit
-from finetune.module import CLIPModule
-from pathlib import Path
-
-config_file, step, number = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-original, count = CLIPModule.training_step, 0
-
-def training_step(self, batch, batch_idx):
-    global count
-    count += 1
-    if count == step:
-        os.kill(os.getpid(), number)
-    return original(self, batch, batch_idx)
-
-CLIPModule.training_step = training_step
-fit(pickle.loads(config_file.read_bytes()))
-"""
-
 
 def run(command: list[str]) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
@@ -192,15 +172,6 @@ def run_script(script: str, config: FitConfig, folder: Path, *arguments: int) ->
     (folder / "train.py").write_text(script)
     (folder / "config.pickle").write_bytes(pickle.dumps(config))
     return run([sys.executable, *(str(folder / name) for name in ("train.py", "config.pickle")), *map(str, arguments)])
-
-
-def test_after_kill_9_in_mid_epoch_the_same_command_ends_with_the_same_weights(config, unbroken, tmp_path):
-    config = replace(config, out=tmp_path / "run")
-    killed = run_script(TRAIN_AND_DIE, config, tmp_path, 15, int(signal.SIGKILL))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not (config.out / "finished.json").exists()
-    assert fit(config).resumed
-    assert_same_run(config.out, unbroken)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, None)])
@@ -230,7 +201,18 @@ def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(config, unbroken
     assert_same_run(tmp_path, unbroken)
 
 
-def test_a_signal_during_evaluation_stops_at_once():
+class FakeTrainer:
+    """The part of a trainer that `KeepLast` asks when a batch of validation ends."""
+
+    class strategy:  # noqa: N801 - an attribute
+        reduce_boolean_decision = staticmethod(lambda decision, **_: decision)
+
+    def __init__(self, *, is_last_batch: bool) -> None:
+        self.fit_loop = self.epoch_loop = self.val_loop = self.batch_progress = self
+        self.is_last_batch = is_last_batch
+
+
+def test_a_signal_waits_for_the_end_of_a_batch_and_while_sets_are_evaluated_stops_at_once():
     keeper = KeepLast(Path("checkpoints"), 10)
     keeper.on_train_start()
     try:
@@ -238,12 +220,193 @@ def test_a_signal_during_evaluation_stops_at_once():
         with pytest.raises(Interrupted):
             keeper._stop(signal.SIGTERM, None)  # asked twice
         keeper._signal = 0
-        keeper.on_validation_start()
+        keeper.on_validation_batch_end(FakeTrainer(is_last_batch=False))
+        keeper._stop(signal.SIGUSR1, None)
+        with pytest.raises(Interrupted) as caught:
+            keeper.on_validation_batch_end(FakeTrainer(is_last_batch=False))
+        assert caught.value.code == 138
+        keeper._signal = 0
+        keeper.on_validation_batch_end(FakeTrainer(is_last_batch=True))  # now sets are evaluated
         with pytest.raises(Interrupted) as caught:
             keeper._stop(signal.SIGINT, None)
         assert caught.value.code == 130
     finally:
         keeper.teardown()
+
+
+# --- with something changed, from another place -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def short(config) -> FitConfig:
+    """Two epochs of eight batches without validation."""
+    data = replace(config.data, replay=0.0, crop_scale=(1.0, 1.0))
+    trainer = replace(config.trainer, val_check_interval=None, check_val_every_n_epoch=9)
+    return replace(config, checkpoint_every_n_steps=1, trainer=trainer, data=data, keep=KeepConfig(interpolate=0))
+
+
+@pytest.fixture(scope="module")
+def broken_off(short, tmp_path_factory) -> Path:
+    """That run as it is after three steps."""
+    out = tmp_path_factory.mktemp("broken_off")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 4, ZeroDivisionError)
+        with pytest.raises(ZeroDivisionError):
+            fit(replace(short, out=out))
+    return out
+
+
+@pytest.fixture
+def taken_up(broken_off, tmp_path) -> Path:
+    return shutil.copytree(broken_off, tmp_path / "run")
+
+
+def rows_trained_on(patch) -> list[list[int]]:
+    """Will have the rows of each batch."""
+    rows: list[list[int]] = []
+    original = CLIPModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        rows.append(batch["row"].tolist())
+        return original(self, batch, batch_idx)
+
+    patch.setattr(CLIPModule, "training_step", training_step)
+    return rows
+
+
+def in_metrics(run: Path, name: str) -> list[float]:
+    with (run / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+@pytest.mark.parametrize(("batch_size", "accumulated", "steps"), [(10, 1, 3 + 3 + 4), (3, 2, 3 + 5 + 7)])
+def test_with_another_batch_size_a_run_goes_on_at_the_same_sample_and_says_so(
+    short, taken_up, monkeypatch, caplog, batch_size, accumulated, steps
+):
+    rows = rows_trained_on(monkeypatch)
+    changed = replace(
+        short,
+        out=taken_up,
+        data=replace(short.data, batch_size=batch_size),
+        trainer=replace(short.trainer, accumulate_grad_batches=accumulated),
+    )
+    assert fit(changed).resumed
+    order = [draw.row for number in range(8) for draw in Schedule(40, 0, 5, 0.0, 3).batch(0, number)]
+    seen = [row for batch in rows for row in batch]
+    assert seen[:25] == order[15:]
+    assert sorted(seen[25:]) == list(range(40))
+    assert f"data.batch_size was 5 and is {batch_size}" in caplog.text
+    assert json.loads((taken_up / "finished.json").read_text()) == {"steps": steps}
+    assert in_metrics(taken_up, "lr-AdamW")[-1] < 1e-3  # the schedule ends where the run does
+    said = json.loads((taken_up / "changes.json").read_text())
+    assert said[0]["data.batch_size"] == {"was": 5, "is": batch_size}
+    assert "batch_size: " + str(batch_size) in (taken_up / "config.yaml").read_text()
+
+
+def test_other_data_or_another_rate_need_a_word_and_then_count(short, taken_up, tmp_path, monkeypatch):
+    optimizer = replace(short.model.optimizer, lr=2e-3, schedule="constant", warmup=0.0)
+    other = tiny.write_dataset(tmp_path / "other", train=20)
+    changed = replace(
+        short,
+        out=taken_up,
+        model=replace(short.model, optimizer=optimizer),
+        data=replace(short.data, dataset=other),
+    )
+    before = (taken_up / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"optimizer\.lr was 0\.01 and is 0\.002; .* --continue_changed to go on so"):
+        fit(changed)
+    assert (taken_up / "config.yaml").read_text() == before
+    rows = rows_trained_on(monkeypatch)
+    fit(changed, changed=True)
+    assert [sorted(row for batch in rows[i : i + 4] for row in batch) for i in (0, 4)] == [list(range(20))] * 2
+    assert len(rows) == 8
+    assert in_metrics(taken_up, "lr-AdamW")[3:] == pytest.approx([2e-3] * 8)
+
+
+def test_what_a_checkpoint_is_made_of_cannot_be_changed(short, taken_up):
+    changed = replace(short, out=taken_up, model=replace(short.model, adapter=AdapterConfig(rank=4, dropout=0.3)))
+    with pytest.raises(ConfigError, match=r"model\.adapter\.rank was 2 and is 4\. Its checkpoints do not fit that"):
+        fit(changed, changed=True)
+
+
+def test_a_finished_run_may_be_made_longer(short, taken_up):
+    once = replace(short, out=taken_up, trainer=replace(short.trainer, max_epochs=1))
+    fit(once, changed=True)
+    assert json.loads((taken_up / "finished.json").read_text()) == {"steps": 8}
+    result = fit(replace(short, out=taken_up), changed=True)
+    assert (result.resumed, result.finished_before) == (True, False)
+    assert json.loads((taken_up / "finished.json").read_text()) == {"steps": 16}
+    assert len(in_metrics(taken_up, "train/loss")) == 16
+
+
+@pytest.fixture(scope="module")
+def short_unbroken(short, tmp_path_factory) -> dict[str, torch.Tensor]:
+    out = tmp_path_factory.mktemp("short")
+    fit(replace(short, out=out))
+    assert loaded(out / "checkpoints" / "previous.ckpt")["global_step"] in (15, 16)
+    return weights(out)
+
+
+def assert_equal(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_continues_all_the_same(
+    short, taken_up, short_unbroken, caplog, damage
+):
+    last = taken_up / "checkpoints" / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    assert loaded(last.with_name("previous.ckpt"))["global_step"] == 2
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content if damage == "flipped" else content[:-100])
+    assert fit(replace(short, out=taken_up), ckpt_path="last").resumed
+    assert "last.ckpt is damaged" in caplog.text
+    assert_equal(weights(taken_up), short_unbroken)
+    for path in (taken_up / "checkpoints").glob("*.ckpt"):
+        path.write_bytes(b"torn")
+    with pytest.raises(InputError, match=r"no whole checkpoint beside it; --restart begins anew"):
+        fit(replace(short, out=taken_up))
+
+
+def test_a_run_goes_on_in_another_folder_from_the_path_of_a_checkpoint(short, broken_off, short_unbroken, tmp_path):
+    from_there = str(broken_off / "checkpoints" / "previous.ckpt")
+    moved = replace(short, out=tmp_path / "new")
+    assert fit(moved, ckpt_path=from_there).resumed
+    assert_equal(weights(moved.out), short_unbroken)
+    assert len(in_metrics(moved.out, "train/loss")) == 16
+    with pytest.raises(ConfigError, match=r"is of another run, but .*new holds one already"):
+        fit(moved, ckpt_path=from_there)
+    for path, message in (("last", "no checkpoint to go on from"), ("no.ckpt", r"no\.ckpt: no such file")):
+        with pytest.raises(InputError, match=message):
+            fit(replace(short, out=tmp_path / "empty"), ckpt_path=path)
+    with pytest.raises(ConfigError, match="--restart begins anew; give one of the two"):
+        fit(moved, restart=True, ckpt_path="last")
+
+
+def test_a_folder_that_is_no_run_is_left_alone(short, tmp_path):
+    (tmp_path / "report.html").write_text("of the dataset")
+    for restart in (False, True):
+        with pytest.raises(ConfigError, match=r"report\.html is there, but no run of `finetune fit`"):
+            fit(replace(short, out=tmp_path), restart=restart)
+    assert (tmp_path / "report.html").read_text() == "of the dataset"
+
+
+def test_no_checkpoint_is_taken_between_the_batches_of_one_step(short, tmp_path):
+    trainer = replace(short.trainer, max_epochs=1, accumulate_grad_batches=3)  # 8 batches: 3, 3 and 2
+    unbroken = replace(short, out=tmp_path / "unbroken", trainer=trainer)
+    fit(unbroken)
+    broken = replace(unbroken, out=tmp_path / "broken")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 6, ZeroDivisionError)  # the third batch of its step
+        with pytest.raises(ZeroDivisionError):
+            fit(broken)
+    assert fit(broken).resumed
+    assert_equal(weights(broken.out), weights(unbroken.out))
+
+
+# --- what is there already --------------------------------------------------------------------------------------------
 
 
 def test_a_finished_run_says_so_and_does_nothing(config, unbroken, caplog):
@@ -267,8 +430,22 @@ def test_another_configuration_in_the_same_folder_is_refused_and_named(config, u
 
 def test_another_dataset_in_the_same_folder_is_refused(config, unbroken, tmp_path):
     other = tiny.write_dataset(tmp_path, train=41)
-    with pytest.raises(ConfigError, match=r"inputs\.json: an earlier run .* dataset was"):
+    with pytest.raises(ConfigError, match=r"an earlier run .* dataset was"):
         fit(replace(config, out=unbroken, data=replace(config.data, dataset=other)))
+
+
+def test_a_run_may_have_moved_and_knows_its_best_still(config, unbroken, tmp_path):
+    moved = shutil.copytree(unbroken, tmp_path / "moved")
+    best = loaded(moved / "checkpoints" / "last.ckpt")["callbacks"]
+    (state,) = (each for name, each in best.items() if name.startswith("KeepBest"))
+    keeper = KeepBest(moved / "checkpoints", "val/image_to_text/recall@1", "max")
+    keeper.load_state_dict(state)
+    assert keeper.best_model_path == str(moved / "checkpoints" / "best.ckpt")
+    assert keeper.best_model_score == state["best_model_score"]
+    (moved / "checkpoints" / "best.ckpt").unlink()
+    keeper = KeepBest(moved / "checkpoints", "val/image_to_text/recall@1", "max")
+    keeper.load_state_dict(state)
+    assert (keeper.best_model_path, keeper.best_model_score) == ("", None)
 
 
 def test_the_same_dataset_may_have_moved(config, unbroken, dataset, tmp_path):
