@@ -9,8 +9,8 @@ exchanges it once, and clipping and a loss scaler see it whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from curate.errors import ModelError
 from finetune.adapters import is_locked
 from finetune.config import ComputeConfig
 
+Part = TypeVar("Part")
+
 
 def in_parts(encode: Callable[[Tensor], Tensor], inputs: Tensor, size: int | None) -> Tensor:
     """`encode(inputs)` (B, …) → (B, D), its backward pass with the memory of `size` rows; None: of all.
@@ -30,7 +32,13 @@ def in_parts(encode: Callable[[Tensor], Tensor], inputs: Tensor, size: int | Non
     """
     if size is None or len(inputs) <= size:
         return encode(inputs)
-    parts = inputs.split(size)
+    return one_by_one(encode, inputs.split(size))
+
+
+def one_by_one(encode: Callable[[Part], Tensor], parts: Sequence[Part]) -> Tensor:
+    """`encode` of each part, one after the other (B, D), its backward pass with the memory of one."""
+    if len(parts) == 1:
+        return encode(parts[0])
     if not torch.is_grad_enabled():
         return torch.cat([encode(part) for part in parts])
     return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in parts])

@@ -29,7 +29,7 @@ from torch.nn import functional
 from curate.clip import Clip, load_clip
 from curate.errors import ConfigError, ModelError
 from finetune.adapters import adapt, hold_still, is_locked
-from finetune.compute import has_trained_statistics, in_parts, prepare
+from finetune.compute import has_trained_statistics, in_parts, one_by_one, prepare
 from finetune.config import AdapterConfig, ClipConfig, ComputeConfig, LossConfig, ModelConfig, OptimizerConfig
 from finetune.losses import (
     contrastive_loss,
@@ -42,10 +42,12 @@ from finetune.losses import (
     sigmoid_loss,
 )
 from finetune.optim import adamw, clamp_logit_scale, schedule, total_steps
+from finetune.packing import Packed, encode_packed, pack_in_parts
 from finetune.start import Start, evaluating
 from finetune.trimming import encode_text
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
+"""finetune/data.py; and `packed`, its captions in rows (finetune/packing.py)."""
 Pair = tuple[Tensor, Tensor]
 """Embeddings (B, D) of images and of their captions, L2-normalised."""
 Config = TypeVar("Config", ClipConfig, AdapterConfig, LossConfig, OptimizerConfig, ComputeConfig)
@@ -152,9 +154,15 @@ class CLIPModule(lightning.LightningModule):
                 lambda part: _normalised(self.model.encode_image(part)), pixels, self.compute.micro_batch_size
             )
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Embeddings (B, D) of token ids (B, L), L2-normalised, at least float32; L may be less than the context's."""
+    def encode_text(self, tokens: Tensor | list[Packed]) -> Tensor:
+        """Embeddings (B, D) of captions, L2-normalised, at least float32.
+
+        Args:
+            tokens: ids (B, L), where L may be less than the context's; or the captions in rows.
+        """
         with self._gradient("text"):
+            if not isinstance(tokens, Tensor):
+                return one_by_one(lambda part: _normalised(encode_packed(self.model, part)), tokens)
             return in_parts(
                 lambda part: _normalised(encode_text(self.model, part)), tokens, self.compute.micro_batch_size
             )
@@ -162,15 +170,25 @@ class CLIPModule(lightning.LightningModule):
     def _gradient(self, tower: str) -> AbstractContextManager[None]:
         return torch.set_grad_enabled(torch.is_grad_enabled() and not is_locked(self.model, tower))
 
-    def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor, tokens: Tensor | list[Packed]) -> tuple[Tensor, Tensor]:
         """Embeddings of images and of captions."""
         return self.encode_image(pixels), self.encode_text(tokens)
 
     # --- training ---
 
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Pack a batch's captions while it is on the CPU, where their lengths can be looked at."""
+        del dataloader_idx
+        return batch | {"packed": self._packed(batch)}
+
+    def _packed(self, batch: Batch) -> Tensor | list[Packed]:
+        """The captions of a batch in rows, as far as they are any shorter so."""
+        tokens: Tensor = batch["tokens"]
+        return batch.get("packed") or pack_in_parts(tokens, self.model, self.compute.micro_batch_size) or tokens
+
     def embed(self, batch: Batch) -> Pair:
         """Embeddings of a batch (finetune/data.py), with gradient."""
-        image, text = self(batch["pixels"], batch["tokens"])
+        image, text = self(batch["pixels"], self._packed(batch))
         return image, text
 
     @torch.no_grad()
@@ -178,7 +196,7 @@ class CLIPModule(lightning.LightningModule):
         """Embeddings that the starting CLIP makes of the same batch, without dropout of any kind."""
         assert self.start is not None
         with evaluating(self):
-            image, text = functional_call(self, self.start.named("model."), (batch["pixels"], batch["tokens"]))
+            image, text = functional_call(self, self.start.named("model."), (batch["pixels"], self._packed(batch)))
         return image, text
 
     def losses(
