@@ -27,6 +27,7 @@ from curate.clip import Clip
 from curate.errors import ConfigError, InputError
 from curate.shards import MemberReader, SampleIndex, digest, fingerprint, shard_folder, shards_of
 from finetune.config import DataConfig
+from finetune.packing import Packer, packer_of
 from finetune.schedule import Draw, Schedule
 from finetune.sources import (
     CaptionLengths,
@@ -41,8 +42,9 @@ from finetune.trimming import Trim, trim_of
 
 logger = logging.getLogger("cliptailor")
 
-Batch = dict[str, Tensor]
-"""pixels (B, 3, H, W); tokens (B, L) int64; group (B, G) int64, for `losses.positives`; row (B,) of the index."""
+Batch = dict[str, Any]
+"""pixels (B, 3, H, W); tokens (B, L) int64; group (B, G) int64, for `losses.positives`; row (B,) of the index;
+packed: the captions in rows (finetune/packing.py), where they are shorter so."""
 
 
 # --- one sample -------------------------------------------------------------------------------------------------------
@@ -119,6 +121,8 @@ class PairDataset(Dataset[Batch]):
     """Of each source: for captions that are labels."""
     trim: Trim | None = None
     """What cuts captions behind their ends."""
+    pack: Packer | None = None
+    """What puts captions into rows."""
     reader: MemberReader = field(init=False)
 
     def __post_init__(self) -> None:
@@ -142,7 +146,9 @@ class PairDataset(Dataset[Batch]):
         said = [self._ids(row, line) for row, line in zip(rows, tokens, strict=True)]
         group = torch.tensor([(*ids, image) for ids, image in zip(said, images, strict=True)])
         seen = self.trim(tokens) if self.trim else tokens
-        return {"pixels": torch.stack(pixels), "tokens": seen, "group": group, "row": torch.tensor(rows)}
+        batch = {"pixels": torch.stack(pixels), "tokens": seen, "group": group, "row": torch.tensor(rows)}
+        packed = self.pack(seen) if self.pack else None
+        return batch | {"packed": packed} if packed else batch
 
     def _caption(self, draw: Draw) -> str:
         source = self._sources[draw.row].as_py()
@@ -367,7 +373,7 @@ class CLIPDataModule(lightning.LightningDataModule):
         view = (
             TrainingView(clip.preprocess_cfg, self.config.crop_scale) if augmented else EvaluationView(clip.preprocess)
         )
-        dataset = PairDataset(index, view, clip.tokenizer, self.seed, self._training.templates, self._trim())
+        dataset = PairDataset(index, view, clip.tokenizer, self.seed, self._training.templates, self._trim(), self._packer())
         made_from = fingerprint(data_fingerprint(self.config), self.seed, self.schedule.world_size)
         self._loader = TrainingLoader(dataset, self.schedule, self.config.num_workers, made_from)
         if self._position:
@@ -394,7 +400,7 @@ class CLIPDataModule(lightning.LightningDataModule):
         size = self.config.eval_batch_size
         batches = [draws[start : start + size] for start in range(0, len(draws), size)]
         clip = self._clip()
-        dataset = PairDataset(index, EvaluationView(clip.preprocess), clip.tokenizer, trim=self._trim())
+        dataset = PairDataset(index, EvaluationView(clip.preprocess), clip.tokenizer, trim=self._trim(), pack=self._packer())
         return ValidationLoader(dataset, batches, self.config.num_workers)
 
     def _world(self) -> tuple[int, int]:
@@ -406,3 +412,7 @@ class CLIPDataModule(lightning.LightningDataModule):
 
     def _trim(self) -> Trim | None:
         return trim_of(self._clip().model)
+
+    def _packer(self) -> Packer | None:
+        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        return packer_of(module.model, module.compute.micro_batch_size)

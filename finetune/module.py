@@ -42,7 +42,7 @@ from finetune.losses import (
     sigmoid_loss,
 )
 from finetune.optim import adamw, clamp_logit_scale, schedule, total_steps
-from finetune.packing import Packed, encode_packed, pack_in_parts
+from finetune.packing import Packed, encode_packed, packer_of
 from finetune.start import Start, evaluating
 from finetune.trimming import encode_text
 
@@ -176,15 +176,14 @@ class CLIPModule(lightning.LightningModule):
 
     # --- training ---
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Pack a batch's captions while it is on the CPU, where their lengths can be looked at."""
-        del dataloader_idx
-        return batch | {"packed": self._packed(batch)}
-
     def _packed(self, batch: Batch) -> Tensor | list[Packed]:
-        """The captions of a batch in rows, as far as they are any shorter so."""
+        """The captions of a batch in rows: as its maker packed them, or packed here while they are on the CPU."""
         tokens: Tensor = batch["tokens"]
-        return batch.get("packed") or pack_in_parts(tokens, self.model, self.compute.micro_batch_size) or tokens
+        packed: list[Packed] | None = batch.get("packed")
+        if packed is None and tokens.device.type == "cpu":
+            packer = packer_of(self.model, self.compute.micro_batch_size)
+            packed = packer(tokens) if packer else None
+        return tokens if packed is None else packed
 
     def embed(self, batch: Batch) -> Pair:
         """Embeddings of a batch (finetune/data.py), with gradient."""

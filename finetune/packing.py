@@ -4,15 +4,15 @@ Several captions stand one behind the other in a row, each with positions of its
 so hardly a padding token goes through the text tower, however much the lengths differ. It is done where captions may be
 trimmed (finetune/trimming.py): under a causal mask, with the embedding read at the end of the text.
 
-What goes where is decided on the CPU, before a batch is sent to a device: nothing waits for it there.
+What goes where is decided where a batch is made, on the CPU: no device waits for it.
 
 Axes: B captions, L tokens of a caption, R rows, W positions of a row, Q captions of a row, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,10 @@ from finetune.trimming import Trim, trim_of
 MULTIPLE = 32  # of which rows are: three widths at most for 77 tokens, and all that kernels like
 
 
-@dataclass(frozen=True, slots=True)
 class Packed:
-    """Captions in rows.
+    """Captions in rows. No dataclass: Lightning would look into it for a batch's size, and does not copy frozen ones.
 
-    Attributes:
+    Args:
         token_RW: token ids; 0 where a row has room left.
         position_RW: place of each token in its caption.
         caption_RW: number of its caption; B where a row has room left.
@@ -39,20 +38,30 @@ class Packed:
         end_B: of each caption's end, into R · W.
     """
 
-    token_RW: Tensor
-    position_RW: Tensor
-    caption_RW: Tensor
-    query_RQ: Tensor
-    place_B: Tensor
-    end_B: Tensor
+    __slots__ = ("caption_RW", "end_B", "place_B", "position_RW", "query_RQ", "token_RW")
 
-    def __len__(self) -> int:
-        """B."""
-        return len(self.end_B)
+    def __init__(
+        self,
+        token_RW: Tensor,
+        position_RW: Tensor,
+        caption_RW: Tensor,
+        query_RQ: Tensor,
+        place_B: Tensor,
+        end_B: Tensor,
+    ) -> None:
+        self.token_RW, self.position_RW, self.caption_RW = token_RW, position_RW, caption_RW
+        self.query_RQ, self.place_B, self.end_B = query_RQ, place_B, end_B
 
     def to(self, device: Any, **_: Any) -> Packed:
         """The same on another device; nothing waits for the copy."""
-        return Packed(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Packed:
+        """The same in memory that is copied to a GPU without waiting; the loader asks for it."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Packed:
+        return Packed(**{name: change(getattr(self, name)) for name in self.__slots__})
 
 
 def rows_of(lengths: Sequence[int], width: int) -> list[list[int]]:
@@ -104,20 +113,29 @@ def pack(token_BL: Tensor, trim: Trim) -> Packed | None:
     return Packed(token_RW.view(len(rows), -1), *shaped, torch.from_numpy(place_B), torch.from_numpy(end_B))
 
 
-def pack_in_parts(token_BL: Tensor, model: Any, size: int | None) -> list[Packed] | None:
-    """The captions of a batch in rows, `size` at a time; None where they are better left as they are.
+@dataclass(frozen=True, slots=True)
+class Packer:
+    """Packs the captions of a batch.
 
-    Args:
-        token_BL: token ids, on the CPU.
-        model: an open_clip model, adapted.
+    Attributes:
+        trim: knows where they end.
         size: captions that go through the tower at once; None: all.
     """
-    trim = trim_of(model) if token_BL.device.type == "cpu" and _takes_rows(getattr(model, "text", model)) else None
-    if trim is None:
-        return None
-    packed = [pack(part, trim) for part in token_BL.split(size or max(1, len(token_BL)))]
-    whole = [part for part in packed if part is not None]
-    return whole if len(whole) == len(packed) else None
+
+    trim: Trim
+    size: int | None
+
+    def __call__(self, token_BL: Tensor) -> list[Packed] | None:
+        """Token ids on the CPU, in rows, `size` captions at a time; None where they are no shorter so."""
+        packed = [pack(part, self.trim) for part in token_BL.split(self.size or max(1, len(token_BL)))]
+        whole = [part for part in packed if part is not None]
+        return whole if len(whole) == len(packed) else None
+
+
+def packer_of(model: Any, size: int | None = None) -> Packer | None:
+    """How captions are packed for an adapted open_clip model; None: not at all."""
+    trim = trim_of(model) if _takes_rows(getattr(model, "text", model)) else None
+    return Packer(trim, size) if trim else None
 
 
 def _takes_rows(text: Any) -> bool:
