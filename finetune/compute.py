@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from curate.errors import ModelError
 from finetune.adapters import is_locked
 from finetune.config import ComputeConfig
+from finetune.packing import Packed, encode_packed
 
 Part = TypeVar("Part")
 
@@ -62,6 +63,12 @@ def prepare(model: nn.Module, config: ComputeConfig) -> None:
             # A CLIP whose text tower is not a module of its own embeds tokens itself: its transformer alone then.
             part: Any = tower.transformer if tower is model else tower
             part.compile()
+
+
+def packed_encoder(config: ComputeConfig) -> Callable[[Any, Packed], Tensor]:
+    """`encode_packed`, which goes through the text tower's blocks itself, compiled where the towers are."""
+    compiled: Callable[[Any, Packed], Tensor] = torch.compile(encode_packed) if config.compile else encode_packed
+    return compiled
 
 
 def has_trained_statistics(model: nn.Module) -> bool:

@@ -373,7 +373,9 @@ class CLIPDataModule(lightning.LightningDataModule):
         view = (
             TrainingView(clip.preprocess_cfg, self.config.crop_scale) if augmented else EvaluationView(clip.preprocess)
         )
-        dataset = PairDataset(index, view, clip.tokenizer, self.seed, self._training.templates, self._trim(), self._packer())
+        dataset = PairDataset(
+            index, view, clip.tokenizer, self.seed, self._training.templates, self._trim(), self._packer()
+        )
         made_from = fingerprint(data_fingerprint(self.config), self.seed, self.schedule.world_size)
         self._loader = TrainingLoader(dataset, self.schedule, self.config.num_workers, made_from)
         if self._position:
@@ -400,7 +402,9 @@ class CLIPDataModule(lightning.LightningDataModule):
         size = self.config.eval_batch_size
         batches = [draws[start : start + size] for start in range(0, len(draws), size)]
         clip = self._clip()
-        dataset = PairDataset(index, EvaluationView(clip.preprocess), clip.tokenizer, trim=self._trim(), pack=self._packer())
+        dataset = PairDataset(
+            index, EvaluationView(clip.preprocess), clip.tokenizer, trim=self._trim(), pack=self._packer()
+        )
         return ValidationLoader(dataset, batches, self.config.num_workers)
 
     def _world(self) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from torch.nn import functional
 from curate.clip import Clip, load_clip
 from curate.errors import ConfigError, ModelError
 from finetune.adapters import adapt, hold_still, is_locked
-from finetune.compute import has_trained_statistics, in_parts, one_by_one, prepare
+from finetune.compute import has_trained_statistics, in_parts, one_by_one, packed_encoder, prepare
 from finetune.config import AdapterConfig, ClipConfig, ComputeConfig, LossConfig, ModelConfig, OptimizerConfig
 from finetune.losses import (
     contrastive_loss,
@@ -42,7 +42,7 @@ from finetune.losses import (
     sigmoid_loss,
 )
 from finetune.optim import adamw, clamp_logit_scale, schedule, total_steps
-from finetune.packing import Packed, encode_packed, packer_of
+from finetune.packing import Packed, packer_of
 from finetune.start import Start, evaluating
 from finetune.trimming import encode_text
 
@@ -120,6 +120,7 @@ class CLIPModule(lightning.LightningModule):
             factor = factor or SIGMOID_FACTOR
         adapt(self.model, self.adapter)
         prepare(self.model, self.compute)
+        self._encode_packed = packed_encoder(self.compute)
         if self.is_sigmoid:
             self.model.logit_bias.requires_grad_(self.adapter.train_logit_scale)
         self.start = Start(self.model) if self.loss.holds_to_start else None
@@ -162,7 +163,7 @@ class CLIPModule(lightning.LightningModule):
         """
         with self._gradient("text"):
             if not isinstance(tokens, Tensor):
-                return one_by_one(lambda part: _normalised(encode_packed(self.model, part)), tokens)
+                return one_by_one(lambda part: _normalised(self._encode_packed(self.model, part)), tokens)
             return in_parts(
                 lambda part: _normalised(encode_text(self.model, part)), tokens, self.compute.micro_batch_size
             )

@@ -1,8 +1,8 @@
 """Captions packed into rows: web captions have about 15 tokens, and a batch of them is as long as its longest.
 
-Several captions stand one behind the other in a row, each with positions of its own from 0 on, and none sees the others:
-so hardly a padding token goes through the text tower, however much the lengths differ. It is done where captions may be
-trimmed (finetune/trimming.py): under a causal mask, with the embedding read at the end of the text.
+Several captions stand one behind the other in a row, each with positions of its own from 0 on, and none sees another:
+so hardly a padding token goes through the text tower, however much the lengths differ. It is done where captions may
+be trimmed (finetune/trimming.py): under a causal mask, with the embedding read at the end of the text.
 
 What goes where is decided where a batch is made, on the CPU: no device waits for it.
 

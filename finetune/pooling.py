@@ -20,16 +20,16 @@ class Queries(NamedTuple):
     """Which positions of packed rows are pooled (finetune/packing.py).
 
     Attributes:
-        position_RQ: of each row, into its L positions; rows with fewer queries repeat some position.
-        mask_R1QL: numbers added to their logits.
-        place_B: of each caption's query, into R · Q.
-        end_B: of each caption's end, into R · L.
+        position: (R, Q) of each row, into its L positions; rows with fewer queries repeat some position.
+        mask: (R, 1, Q, L), added to their logits.
+        place: (B,) of each caption's query, into R · Q.
+        end: (B,) of each caption's end, into R · L.
     """
 
-    position_RQ: Tensor
-    mask_R1QL: Tensor
-    place_B: Tensor
-    end_B: Tensor
+    position: Tensor
+    mask: Tensor
+    place: Tensor
+    end: Tensor
 
 
 class LastBlock(nn.Module):
@@ -73,10 +73,10 @@ class LastBlock(nn.Module):
         del k_x, v_x
         given = self.ln_1(q_x)
         if queries is not None:
-            rows = queries.position_RQ.unsqueeze(-1).expand(-1, -1, q_x.shape[-1])
-            mixed = self._attend(given.gather(1, rows), given, queries.mask_R1QL)
-            mixed = mixed.flatten(0, 1).index_select(0, queries.place_B)
-            x = q_x.flatten(0, 1).index_select(0, queries.end_B) + self.ls_1(mixed)
+            rows = queries.position.unsqueeze(-1).expand(-1, -1, q_x.shape[-1])
+            mixed = self._attend(given.gather(1, rows), given, queries.mask)
+            mixed = mixed.flatten(0, 1).index_select(0, queries.place)
+            x = q_x.flatten(0, 1).index_select(0, queries.end) + self.ls_1(mixed)
         elif self.first:
             x = q_x[:, :1] + self.ls_1(self._attend(given[:, :1], given, None))
         else:
