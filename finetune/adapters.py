@@ -23,6 +23,7 @@ from curate.errors import ModelError
 from finetune.attention import join_attention, split_attention
 from finetune.config import TOWERS, AdapterConfig
 from finetune.layers import Depths, tower_of
+from finetune.pooling import pool_in_last_blocks, whole_last_blocks
 
 # Last part of a module's name → the target users name: open_clip's transformers (after the attention is split), then
 # timm's MLP, then the linear map behind a timm trunk.
@@ -73,6 +74,7 @@ def adapt(model: nn.Module, config: AdapterConfig) -> None:
         ModelError: a LoRA target names nothing in the towers that are trained; or they have nothing of the kind.
     """
     split_attention(model)
+    pool_in_last_blocks(model)
     if config.kind == "lora":
         _inject_lora(model, config)
     elif config.kind != "full":
@@ -223,6 +225,7 @@ def merge(model: nn.Module) -> None:
         if isinstance(module, Projection):
             owner, _, attribute = name.rpartition(".")
             _exchange(model.get_submodule(owner), attribute, module.plain())
+    whole_last_blocks(model)
     join_attention(model)
 
 

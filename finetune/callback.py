@@ -20,7 +20,6 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.data import extract_batch_size
 
 from curate.clip import load_clip
 from curate.errors import InputError
@@ -194,10 +193,10 @@ class EvaluationCallback(lightning.Callback):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *arguments: Any) -> None:
         """Count the step just made; after the last one of the run, let a validation follow whatever the interval."""
-        module, _, batch, _ = arguments
+        module, outputs, _, _ = arguments
         now = time.monotonic()
         self.seconds, self._mark = self.seconds + now - self._mark, now
-        self.samples += extract_batch_size(batch) * trainer.world_size
+        self.samples += len(outputs["embeddings"][0]) * trainer.world_size
         if trainer.global_step >= module.total_steps():
             # Else the final weights could never become the best checkpoint. Lightning validates before it stops.
             trainer.check_val_every_n_epoch = None

@@ -9,8 +9,8 @@ exchanges it once, and clipping and a loss scaler see it whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from curate.errors import ModelError
 from finetune.adapters import is_locked
 from finetune.config import ComputeConfig
+from finetune.packing import Packed, encode_packed
+
+Part = TypeVar("Part")
 
 
 def in_parts(encode: Callable[[Tensor], Tensor], inputs: Tensor, size: int | None) -> Tensor:
@@ -30,7 +33,13 @@ def in_parts(encode: Callable[[Tensor], Tensor], inputs: Tensor, size: int | Non
     """
     if size is None or len(inputs) <= size:
         return encode(inputs)
-    parts = inputs.split(size)
+    return one_by_one(encode, inputs.split(size))
+
+
+def one_by_one(encode: Callable[[Part], Tensor], parts: Sequence[Part]) -> Tensor:
+    """`encode` of each part, one after the other (B, D), its backward pass with the memory of one."""
+    if len(parts) == 1:
+        return encode(parts[0])
     if not torch.is_grad_enabled():
         return torch.cat([encode(part) for part in parts])
     return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in parts])
@@ -54,6 +63,12 @@ def prepare(model: nn.Module, config: ComputeConfig) -> None:
             # A CLIP whose text tower is not a module of its own embeds tokens itself: its transformer alone then.
             part: Any = tower.transformer if tower is model else tower
             part.compile()
+
+
+def packed_encoder(config: ComputeConfig) -> Callable[[Any, Packed], Tensor]:
+    """`encode_packed`, which goes through the text tower's blocks itself, compiled where the towers are."""
+    compiled: Callable[[Any, Packed], Tensor] = torch.compile(encode_packed) if config.compile else encode_packed
+    return compiled
 
 
 def has_trained_statistics(model: nn.Module) -> bool:

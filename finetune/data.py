@@ -28,6 +28,7 @@ from curate.clip import Clip
 from curate.errors import ConfigError, InputError
 from curate.shards import Facts, MemberReader, SampleIndex, digest, fingerprint, shard_folder, shards_of
 from finetune.config import DataConfig
+from finetune.packing import Packer, packer_of
 from finetune.schedule import Draw, Origin, Schedule
 from finetune.sources import (
     CaptionLengths,
@@ -42,8 +43,9 @@ from finetune.trimming import Trim, trim_of
 
 logger = logging.getLogger("cliptailor")
 
-Batch = dict[str, Tensor]
-"""pixels (B, 3, H, W); tokens (B, L) int64; group (B, G) int64, for `losses.positives`; row (B,) of the index."""
+Batch = dict[str, Any]
+"""pixels (B, 3, H, W); tokens (B, L) int64; group (B, G) int64, for `losses.positives`; row (B,) of the index;
+packed: the captions in rows (finetune/packing.py), where they are shorter so."""
 
 
 # --- one sample -------------------------------------------------------------------------------------------------------
@@ -120,6 +122,8 @@ class PairDataset(Dataset[Batch]):
     """Of each source: for captions that are labels."""
     trim: Trim | None = None
     """What cuts captions behind their ends."""
+    pack: Packer | None = None
+    """What puts captions into rows."""
     reader: MemberReader = field(init=False)
 
     def __post_init__(self) -> None:
@@ -140,7 +144,9 @@ class PairDataset(Dataset[Batch]):
         said = [self._ids(row, line) for row, line in zip(rows, tokens, strict=True)]
         group = torch.tensor([(*ids, image) for ids, image in zip(said, images, strict=True)])
         seen = self.trim(tokens) if self.trim else tokens
-        return {"pixels": torch.stack(pixels), "tokens": seen, "group": group, "row": torch.tensor(rows)}
+        batch = {"pixels": torch.stack(pixels), "tokens": seen, "group": group, "row": torch.tensor(rows)}
+        packed = self.pack(seen) if self.pack else None
+        return batch | {"packed": packed} if packed else batch
 
     def _caption(self, draw: Draw) -> str:
         source = self._sources[draw.row].as_py()
@@ -402,7 +408,9 @@ class CLIPDataModule(lightning.LightningDataModule):
         view = (
             TrainingView(clip.preprocess_cfg, self.config.crop_scale) if augmented else EvaluationView(clip.preprocess)
         )
-        dataset = PairDataset(index, view, clip.tokenizer, self.seed, self._training.templates, self._trim())
+        dataset = PairDataset(
+            index, view, clip.tokenizer, self.seed, self._training.templates, self._trim(), self._packer()
+        )
         # What Lightning has kept of the loader beside our own position may be of other samples.
         self._loader = TrainingLoader(
             dataset, self.schedule, self.config.num_workers, self._made_from, passes_over=self.anew
@@ -443,7 +451,9 @@ class CLIPDataModule(lightning.LightningDataModule):
         size = self.config.eval_batch_size
         batches = [draws[start : start + size] for start in range(0, len(draws), size)]
         clip = self._clip()
-        dataset = PairDataset(index, EvaluationView(clip.preprocess), clip.tokenizer, trim=self._trim())
+        dataset = PairDataset(
+            index, EvaluationView(clip.preprocess), clip.tokenizer, trim=self._trim(), pack=self._packer()
+        )
         return ValidationLoader(dataset, batches, self.config.num_workers)
 
     def _world(self) -> tuple[int, int]:
@@ -455,3 +465,7 @@ class CLIPDataModule(lightning.LightningDataModule):
 
     def _trim(self) -> Trim | None:
         return trim_of(self._clip().model)
+
+    def _packer(self) -> Packer | None:
+        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        return packer_of(module.model, module.compute.micro_batch_size)

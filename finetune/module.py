@@ -29,7 +29,7 @@ from torch.nn import functional
 from curate.clip import Clip, load_clip
 from curate.errors import ConfigError, ModelError
 from finetune.adapters import adapt, hold_still, is_locked
-from finetune.compute import has_trained_statistics, in_parts, prepare
+from finetune.compute import has_trained_statistics, in_parts, one_by_one, packed_encoder, prepare
 from finetune.config import AdapterConfig, ClipConfig, ComputeConfig, LossConfig, ModelConfig, OptimizerConfig
 from finetune.losses import (
     contrastive_loss,
@@ -42,10 +42,12 @@ from finetune.losses import (
     sigmoid_loss,
 )
 from finetune.optim import adamw, clamp_logit_scale, schedule, total_steps
+from finetune.packing import Packed, packer_of
 from finetune.start import Start, evaluating
 from finetune.trimming import encode_text
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
+"""finetune/data.py; and `packed`, its captions in rows (finetune/packing.py)."""
 Pair = tuple[Tensor, Tensor]
 """Embeddings (B, D) of images and of their captions, L2-normalised."""
 Config = TypeVar("Config", ClipConfig, AdapterConfig, LossConfig, OptimizerConfig, ComputeConfig)
@@ -118,6 +120,7 @@ class CLIPModule(lightning.LightningModule):
             factor = factor or SIGMOID_FACTOR
         adapt(self.model, self.adapter)
         prepare(self.model, self.compute)
+        self._encode_packed = packed_encoder(self.compute)
         if self.is_sigmoid:
             self.model.logit_bias.requires_grad_(self.adapter.train_logit_scale)
         self.start = Start(self.model) if self.loss.holds_to_start else None
@@ -152,9 +155,15 @@ class CLIPModule(lightning.LightningModule):
                 lambda part: _normalised(self.model.encode_image(part)), pixels, self.compute.micro_batch_size
             )
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Embeddings (B, D) of token ids (B, L), L2-normalised, at least float32; L may be less than the context's."""
+    def encode_text(self, tokens: Tensor | list[Packed]) -> Tensor:
+        """Embeddings (B, D) of captions, L2-normalised, at least float32.
+
+        Args:
+            tokens: ids (B, L), where L may be less than the context's; or the captions in rows.
+        """
         with self._gradient("text"):
+            if not isinstance(tokens, Tensor):
+                return one_by_one(lambda part: _normalised(self._encode_packed(self.model, part)), tokens)
             return in_parts(
                 lambda part: _normalised(encode_text(self.model, part)), tokens, self.compute.micro_batch_size
             )
@@ -162,15 +171,24 @@ class CLIPModule(lightning.LightningModule):
     def _gradient(self, tower: str) -> AbstractContextManager[None]:
         return torch.set_grad_enabled(torch.is_grad_enabled() and not is_locked(self.model, tower))
 
-    def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor, tokens: Tensor | list[Packed]) -> tuple[Tensor, Tensor]:
         """Embeddings of images and of captions."""
         return self.encode_image(pixels), self.encode_text(tokens)
 
     # --- training ---
 
+    def _packed(self, batch: Batch) -> Tensor | list[Packed]:
+        """The captions of a batch in rows: as its maker packed them, or packed here while they are on the CPU."""
+        tokens: Tensor = batch["tokens"]
+        packed: list[Packed] | None = batch.get("packed")
+        if packed is None and tokens.device.type == "cpu":
+            packer = packer_of(self.model, self.compute.micro_batch_size)
+            packed = packer(tokens) if packer else None
+        return tokens if packed is None else packed
+
     def embed(self, batch: Batch) -> Pair:
         """Embeddings of a batch (finetune/data.py), with gradient."""
-        image, text = self(batch["pixels"], batch["tokens"])
+        image, text = self(batch["pixels"], self._packed(batch))
         return image, text
 
     @torch.no_grad()
@@ -178,7 +196,7 @@ class CLIPModule(lightning.LightningModule):
         """Embeddings that the starting CLIP makes of the same batch, without dropout of any kind."""
         assert self.start is not None
         with evaluating(self):
-            image, text = functional_call(self, self.start.named("model."), (batch["pixels"], batch["tokens"]))
+            image, text = functional_call(self, self.start.named("model."), (batch["pixels"], self._packed(batch)))
         return image, text
 
     def losses(

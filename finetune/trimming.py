@@ -29,11 +29,14 @@ class Trim:
 
     def __call__(self, token_BL: Tensor) -> Tensor:
         """(B, L) → (B, L' ≤ L); the tokens themselves are looked at, so call it before they are on a GPU."""
-        end_B = (token_BL if self.end is None else (token_BL == self.end).int()).argmax(dim=1)
-        if not len(end_B):
+        if not len(token_BL):
             return token_BL
-        needed = int(end_B.max()) + 1
+        needed = int(self.lengths(token_BL).max())
         return token_BL[:, : -(-needed // MULTIPLE) * MULTIPLE]
+
+    def lengths(self, token_BL: Tensor) -> Tensor:
+        """Tokens (B,) of each text, its end included."""
+        return (token_BL if self.end is None else (token_BL == self.end).int()).argmax(dim=1) + 1
 
 
 def trim_of(model: Any) -> Trim | None:

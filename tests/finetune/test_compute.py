@@ -272,10 +272,8 @@ def test_what_a_tower_cannot_do_is_told(architectures, architecture, adapter, co
 
 def test_compiled_towers_give_the_same_gradient_and_the_same_keys(architectures, monkeypatch):
     """By dynamo and autograd, without the C++ compiler, which would take a minute."""
-    import torch.nn.modules.module as modules
-
-    plain = modules.Module.compile
-    monkeypatch.setattr(modules.Module, "compile", lambda self: plain(self, backend="aot_eager"))
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda what, **more: plain(what, **more | {"backend": "aot_eager"}))
     made = module(architectures["tiny-vit"], AdapterConfig(rank=2), compile=True)
     eager = module(architectures["tiny-vit"], AdapterConfig(rank=2))
     assert made.state_dict().keys() == eager.state_dict().keys()
