@@ -9,7 +9,6 @@ Axes: B samples, H W pixels, L tokens, G ids per sample.
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,6 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,6 +25,7 @@ from curate.clip import Clip
 from curate.errors import ConfigError, InputError
 from curate.shards import MemberReader, SampleIndex, digest, fingerprint, shard_folder, shards_of
 from finetune.config import DataConfig
+from finetune.pixels import UNREADABLE, EvaluationView, TrainingView
 from finetune.schedule import Draw, Schedule
 from finetune.sources import (
     CaptionLengths,
@@ -42,62 +41,11 @@ from finetune.trimming import Trim, trim_of
 logger = logging.getLogger("cliptailor")
 
 Batch = dict[str, Tensor]
-"""pixels (B, 3, H, W); tokens (B, L) int64; group (B, G) int64, for `losses.positives`; row (B,) of the index."""
+"""pixels (B, 3, H, W), uint8, or float32 if normalised; tokens (B, L) int64; group (B, G) int64, for
+`losses.positives`; row (B,) of the index."""
 
 
-# --- one sample -------------------------------------------------------------------------------------------------------
-
-
-def random_crop(width: int, height: int, scale: tuple[float, float], seed: Sequence[int]) -> tuple[int, int, int, int]:
-    """The box (left, top, right, bottom) of a random resized crop.
-
-    The share of the area is uniform in `scale`, the aspect log-uniform in 3/4 … 4/3: as torchvision's
-    `RandomResizedCrop`, down to the central crop after ten boxes that do not fit, but seeded.
-    """
-    random = np.random.default_rng(seed)
-    for _ in range(10):
-        area = width * height * random.uniform(*scale)
-        aspect = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
-            return left, top, left + w, top + h
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
-
-
-@dataclass(frozen=True)
-class TrainingView:
-    """PIL image → pixels with a random resized crop, in the size and normalisation of a CLIP's own preprocessing."""
-
-    preprocess_cfg: dict[str, Any]
-    scale: tuple[float, float]
-
-    def __call__(self, image: Image.Image, seed: Sequence[int]) -> Tensor:
-        """Float32 pixels (3, H, W); equal seeds, equal pixels."""
-        size = self.preprocess_cfg["size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        crop = image.crop(random_crop(*image.size, self.scale, seed)).resize((width, height), self._resampling())
-        pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float().div_(255)
-        mean, std = (torch.tensor(self.preprocess_cfg[name])[:, None, None] for name in ("mean", "std"))
-        return (pixels - mean) / std
-
-    def _resampling(self) -> Image.Resampling:
-        bilinear = self.preprocess_cfg.get("interpolation") == "bilinear"
-        return Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
-
-
-@dataclass(frozen=True)
-class EvaluationView:
-    """PIL image → pixels as a CLIP sees them in evaluation; the seed plays no part."""
-
-    preprocess: Callable[[Image.Image], Tensor]
-
-    def __call__(self, image: Image.Image, seed: Sequence[int]) -> Tensor:
-        """Float32 pixels (3, H, W)."""
-        del seed
-        return self.preprocess(image)
+# --- one batch --------------------------------------------------------------------------------------------------------
 
 
 def _hash(content: bytes) -> int:
@@ -154,9 +102,8 @@ class PairDataset(Dataset[Batch]):
         tar, offset, size = self._places[draw.row]
         try:
             content = self.reader.read(int(tar), int(offset), int(size))
-            with Image.open(io.BytesIO(content)) as image:
-                return self.view(image.convert("RGB"), (self.seed, draw.turn, draw.row)), _hash(content)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return self.view(content, (self.seed, draw.turn, draw.row)), _hash(content)
+        except UNREADABLE as error:
             raise InputError(
                 f"{self.index.tars[tar]}: sample {self._keys[draw.row]}: the image cannot be decoded ({error}); "
                 "build or copy the dataset again"
@@ -291,7 +238,7 @@ def data_fingerprint(config: DataConfig) -> str:
     digests: list[Any] = [split_digests(*source) for source in ((config.dataset, "train"), replayed) if source]
     if config.sources or not digests[0]:
         digests[0] = sources_fingerprint(config)
-    return fingerprint(digests, config.batch_size, config.replay, config.crop_scale)
+    return fingerprint(digests, config.batch_size, config.replay, config.crop_scale, config.decode)
 
 
 class CLIPDataModule(lightning.LightningDataModule):
@@ -365,7 +312,9 @@ class CLIPDataModule(lightning.LightningDataModule):
         if self._lengths is None and self.schedule.rank == 0 and self.caption_lengths(clip).too_long:
             logger.warning("data    %s and are cut", self._lengths)
         view = (
-            TrainingView(clip.preprocess_cfg, self.config.crop_scale) if augmented else EvaluationView(clip.preprocess)
+            TrainingView(clip.preprocess_cfg, self.config.crop_scale, fast=self.config.decode == "fast")
+            if augmented
+            else EvaluationView(clip.preprocess)
         )
         dataset = PairDataset(index, view, clip.tokenizer, self.seed, self._training.templates, self._trim())
         made_from = fingerprint(data_fingerprint(self.config), self.seed, self.schedule.world_size)

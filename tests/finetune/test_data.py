@@ -5,7 +5,6 @@ import pickle
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -19,13 +18,11 @@ from curate.shards import ShardWriter, read_index
 from finetune.config import DataConfig
 from finetune.data import (
     CLIPDataModule,
-    EvaluationView,
     PairDataset,
-    TrainingView,
     data_fingerprint,
     has_split,
-    random_crop,
 )
+from finetune.pixels import EvaluationView
 from finetune.schedule import Draw, Schedule, permutation
 from finetune.sources import concatenate, split_pairs
 from tests.finetune import tiny
@@ -120,51 +117,6 @@ def test_replayed_samples_go_round_their_split_evenly(num_samples, num_replay, b
     assert max(seen.values()) - min(seen[num_samples + n] for n in range(num_replay)) <= 1
 
 
-# --- views ------------------------------------------------------------------------------------------------------------
-
-
-def picture(width: int = 60, height: int = 44) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
-
-
-def test_a_training_view_is_torchvisions_crop_in_the_clips_size_and_normalisation(clip):
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as reference
-
-    image = picture()
-    left, top, right, bottom = random_crop(*image.size, (0.5, 0.9), (1, 2, 3))
-    cropped = reference.resized_crop(image, top, left, bottom - top, right - left, [32, 32], InterpolationMode.BICUBIC)
-    cfg = clip.preprocess_cfg
-    expected = reference.normalize(reference.to_tensor(cropped), cfg["mean"], cfg["std"])
-    ours = TrainingView(cfg, (0.5, 0.9))(image, (1, 2, 3))
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
-
-
-def test_crops_have_the_asked_share_of_the_area_and_a_mild_aspect():
-    for seed in range(200):
-        left, top, right, bottom = random_crop(200, 180, (0.3, 0.8), (seed,))
-        assert 0 <= left < right <= 200
-        assert 0 <= top < bottom <= 180
-        width, height = right - left, bottom - top
-        assert 0.29 <= width * height / (200 * 180) <= 0.81
-        assert 0.74 <= width / height <= 1.35
-
-
-@pytest.mark.parametrize("size", [(1000, 2), (2, 1000), (1, 1)])
-def test_an_image_too_narrow_for_any_crop_is_cut_in_its_middle(size):
-    left, top, right, bottom = random_crop(*size, (0.9, 1.0), (0,))
-    assert 0 <= left < right <= size[0]
-    assert 0 <= top < bottom <= size[1]
-
-
-def test_equal_seeds_give_equal_crops_and_others_others():
-    boxes = [
-        random_crop(300, 300, (0.2, 1.0), seed) for seed in ((1, 2, 3), (1, 2, 3), (1, 2, 4), (1, 3, 3), (2, 2, 3))
-    ]
-    assert boxes[0] == boxes[1]
-    assert len(set(boxes)) == 4
-
-
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +132,14 @@ def test_a_batch_has_pixels_tokens_ids_and_rows(clip, dataset):
     tar, offset, size = (index.table[name][20].as_py() for name in ("tar", "image_offset", "image_size"))
     stored = Image.open(io.BytesIO(index.tars[tar].read_bytes()[offset : offset + size])).convert("RGB")
     assert torch.equal(batch["pixels"][1], clip.preprocess(stored))
+
+
+def test_crops_are_bytes_of_the_way_that_was_asked_for(clip, dataset):
+    for decode in ("fast", "exact"):
+        loader = WithClip(clip, config(dataset, decode=decode)).train_dataloader()
+        assert loader.dataset.view.fast == (decode == "fast")
+        pixels = next(iter(loader))["pixels"]
+        assert (pixels.dtype, pixels.shape, pixels.is_contiguous()) == (torch.uint8, (8, 3, 32, 32), True)
 
 
 def test_captions_that_read_alike_duplicates_and_equal_images_share_an_id(clip, tmp_path):
@@ -287,7 +247,9 @@ def test_starting_a_loader_draws_no_global_random_number(clip, dataset):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("change", [{"batch_size": 4}, {"replay": 0.5}, {"crop_scale": (0.5, 1.0)}])
+@pytest.mark.parametrize(
+    "change", [{"batch_size": 4}, {"replay": 0.5}, {"crop_scale": (0.5, 1.0)}, {"decode": "exact"}]
+)
 def test_a_state_of_other_batches_is_refused(clip, dataset, change):
     state = WithClip(clip, config(dataset)).train_dataloader().state_dict()
     with pytest.raises(InputError, match="its position means nothing here"):
