@@ -8,22 +8,25 @@ Axes: B samples, H W pixels, L tokens, G ids per sample.
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import logging
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import numpy as np
 import torch
+from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from curate.clip import Clip
 from curate.errors import ConfigError, InputError
 from curate.shards import MemberReader, SampleIndex, digest, fingerprint, shard_folder, shards_of
+from finetune.captions import CachedTokenizer, content_hash
 from finetune.config import DataConfig
 from finetune.pixels import UNREADABLE, EvaluationView, TrainingView
 from finetune.schedule import Draw, Schedule
@@ -44,19 +47,34 @@ Batch = dict[str, Tensor]
 """pixels (B, 3, H, W), uint8, or float32 if normalised; tokens (B, L) int64; group (B, G) int64, for
 `losses.positives`; row (B,) of the index."""
 
+# The stream of random numbers of what stands in for a sample is apart from those of its crop and caption.
+_OF_STAND_INS = 3
+_ATTEMPTS = 20  # to find one that can be read
+
 
 # --- one batch --------------------------------------------------------------------------------------------------------
 
 
-def _hash(content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
+class Broken(NamedTuple):
+    """A sample that could not be read, and why: names its file and key."""
+
+    row: int
+    reason: str
+
+
+class Read(NamedTuple):
+    """A batch, and the samples that should have been in it."""
+
+    batch: Batch
+    broken: list[Broken]
 
 
 @dataclass
-class PairDataset(Dataset[Batch]):
+class PairDataset(Dataset[Read]):
     """Whole batches by `Draw`s.
 
-    A sample that cannot be read makes its batch an error, which the loader raises in the main process.
+    For a sample that cannot be read another of its source stands in, chosen by (seed, pass, row): batches keep their
+    size, which ranks must have in common, and are the same in every process and after a resume.
     """
 
     index: SampleIndex
@@ -68,6 +86,8 @@ class PairDataset(Dataset[Batch]):
     trim: Trim | None = None
     """What cuts captions behind their ends."""
     reader: MemberReader = field(init=False)
+    named: set[int] = field(init=False, default_factory=set)
+    """Rows of broken samples that have been told of."""
 
     def __post_init__(self) -> None:
         self.reader = MemberReader(self.index.tars)
@@ -75,44 +95,67 @@ class PairDataset(Dataset[Batch]):
         self._places = np.stack([table[name].to_numpy() for name in ("tar", "image_offset", "image_size")], axis=1)
         names = ("key", "captions", "source", "duplicate_group")
         self._keys, self._captions, self._sources, self._groups = (table[name] for name in names)
+        phrasings = max((len(each) for each in self.templates), default=0) or 1
+        num_captions = len(self._captions.combine_chunks().flatten())
+        self._tokenize = CachedTokenizer(self.tokenizer, num_captions * phrasings)
+        source = self._sources.fill_null(-1).to_numpy()
+        # Where each source begins, and the last ends: their rows lie side by side.
+        self._borders = np.flatnonzero(np.diff(source, prepend=-2, append=-2))
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitems__(self, draws: Sequence[Draw]) -> Batch | InputError:
-        """The batch of these samples."""
+    def __getitems__(self, draws: Sequence[Draw]) -> Read | InputError:
+        """The batch of these samples; an error if nothing readable is found to stand in for one."""
+        broken: list[Broken] = []
         try:
-            pixels, images = zip(*(self._pixels(draw) for draw in draws), strict=True)
+            read, pixels, images = zip(*(self._readable(draw, broken) for draw in draws), strict=True)
         except InputError as error:
             return error
-        rows = [draw.row for draw in draws]
-        tokens = self.tokenizer([self._caption(draw) for draw in draws])
-        said = [self._ids(row, line) for row, line in zip(rows, tokens, strict=True)]
-        group = torch.tensor([(*ids, image) for ids, image in zip(said, images, strict=True)])
+        tokens, said = self._tokenize([self._caption(draw) for draw in read])
+        rows = [draw.row for draw in read]
+        group = torch.tensor([*zip(said, map(self._duplicates, rows), images, strict=True)])
         seen = self.trim(tokens) if self.trim else tokens
-        return {"pixels": torch.stack(pixels), "tokens": seen, "group": group, "row": torch.tensor(rows)}
+        return Read({"pixels": torch.stack(pixels), "tokens": seen, "group": group, "row": torch.tensor(rows)}, broken)
 
     def _caption(self, draw: Draw) -> str:
         source = self._sources[draw.row].as_py()
         templates = self.templates[source] if source is not None and self.templates else ()
         return drawn_caption(self._captions[draw.row].as_py(), templates, (self.seed, draw.turn, draw.row))
 
-    def _pixels(self, draw: Draw) -> tuple[Tensor, int]:
+    def _readable(self, draw: Draw, broken: list[Broken]) -> tuple[Draw, Tensor, int]:
+        """This sample or one that stands in for it, its pixels and the id of its image; adds what is broken."""
+        stand_ins = (self._stand_in(draw, attempt) for attempt in range(_ATTEMPTS))
+        for row in itertools.chain([draw.row], stand_ins):
+            stand_in = Draw(row, draw.turn)
+            found = self._pixels(stand_in)
+            if not isinstance(found, Broken):
+                return stand_in, *found
+            broken.append(found)
+        raise InputError(f"{broken[-1].reason}; nor can any other of {_ATTEMPTS}; build or copy the dataset again")
+
+    def _stand_in(self, draw: Draw, attempt: int) -> int:
+        """Any row of the same source."""
+        source = int(np.searchsorted(self._borders, draw.row, side="right"))
+        random = np.random.default_rng((self.seed, draw.turn, draw.row, _OF_STAND_INS, attempt))
+        return int(random.integers(*self._borders[source - 1 : source + 1]))
+
+    def _pixels(self, draw: Draw) -> tuple[Tensor, int] | Broken:
         """What the CLIP sees, and an id of the stored image: one that is there twice is a positive of both captions."""
         tar, offset, size = self._places[draw.row]
         try:
             content = self.reader.read(int(tar), int(offset), int(size))
-            return self.view(content, (self.seed, draw.turn, draw.row)), _hash(content)
-        except UNREADABLE as error:
-            raise InputError(
-                f"{self.index.tars[tar]}: sample {self._keys[draw.row]}: the image cannot be decoded ({error}); "
-                "build or copy the dataset again"
-            ) from error
+            pixels = self.view(content, (self.seed, draw.turn, draw.row))
+        except (*UNREADABLE, InputError) as error:
+            # PIL's own words for bytes of no format are the address of our buffer.
+            why = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+            sample = f"{self.index.tars[tar]}: sample {self._keys[draw.row]}"
+            return Broken(draw.row, f"{sample}: the image cannot be decoded ({why})")
+        return pixels, len(content) << 32 | zlib.crc32(content)
 
-    def _ids(self, row: int, tokens: Tensor) -> tuple[int, int]:
-        """An id of what the sample says, to the text tower, and one of the duplicates it belongs to."""
-        group = self._groups[row].as_py() or f"row {row}"
-        return _hash(tokens.numpy().tobytes()), _hash(group.encode())
+    def _duplicates(self, row: int) -> int:
+        """An id of the duplicates that a sample belongs to."""
+        return content_hash((self._groups[row].as_py() or f"row {row}").encode())
 
 
 # --- loaders ----------------------------------------------------------------------------------------------------------
@@ -122,11 +165,13 @@ def _same(batch: Any) -> Any:
     return batch
 
 
-def _load(dataset: PairDataset, batches: Iterable[Sequence[Draw]], num_workers: int) -> Iterator[Batch]:
+def _load(
+    dataset: PairDataset, batches: Iterable[Sequence[Draw]], num_workers: int, most_broken: float = 0
+) -> Iterator[Batch]:
     """Yield each batch, decoded in worker processes.
 
     Raises:
-        InputError: an image that cannot be read.
+        InputError: more images than `most_broken` cannot be read.
     """
     loader = DataLoader(
         dataset,
@@ -136,10 +181,23 @@ def _load(dataset: PairDataset, batches: Iterable[Sequence[Draw]], num_workers: 
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else each start of the loader would draw from the global one
     )
-    for batch in loader:
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
+    num_broken = 0
+    for read in loader:
+        if isinstance(read, InputError):
+            raise read
+        for row, reason in read.broken:
+            num_broken += 1
+            if num_broken > most_broken:
+                more = (
+                    f"; it is number {num_broken:,} in an epoch, more than data.max_broken allows"
+                    if most_broken
+                    else ""
+                )
+                raise InputError(f"{reason}{more}; build or copy the dataset again")
+            if row not in dataset.named:
+                dataset.named.add(row)
+                logger.warning("data    %s; another sample stands in for it (%s so far)", reason, f"{num_broken:,}")
+        yield read.batch
 
 
 class TrainingLoader:
@@ -148,8 +206,11 @@ class TrainingLoader:
     The length is that of a whole epoch; without one Lightning would fetch, and count, a batch ahead.
     """
 
-    def __init__(self, dataset: PairDataset, schedule: Schedule, num_workers: int, made_from: str) -> None:
+    def __init__(
+        self, dataset: PairDataset, schedule: Schedule, num_workers: int, made_from: str, max_broken: float = 0.0
+    ) -> None:
         self.dataset, self.schedule, self.num_workers, self.made_from = dataset, schedule, num_workers, made_from
+        self.max_broken = max_broken
         self.epoch = self.next_batch = 0
 
     def __len__(self) -> int:
@@ -158,7 +219,8 @@ class TrainingLoader:
     def __iter__(self) -> Iterator[Batch]:
         epoch, first = self.epoch, self.next_batch
         draws = (self.schedule.batch(epoch, number) for number in range(first, len(self)))
-        for number, batch in enumerate(_load(self.dataset, draws, self.num_workers), start=first + 1):
+        most_broken = self.max_broken * self.schedule.batch_size * len(self)
+        for number, batch in enumerate(_load(self.dataset, draws, self.num_workers, most_broken), start=first + 1):
             # Before it is handed out: a checkpoint taken while it is in use counts it as seen.
             self.epoch, self.next_batch = divmod(epoch * len(self) + number, len(self))
             yield batch
@@ -318,7 +380,9 @@ class CLIPDataModule(lightning.LightningDataModule):
         )
         dataset = PairDataset(index, view, clip.tokenizer, self.seed, self._training.templates, self._trim())
         made_from = fingerprint(data_fingerprint(self.config), self.seed, self.schedule.world_size)
-        self._loader = TrainingLoader(dataset, self.schedule, self.config.num_workers, made_from)
+        self._loader = TrainingLoader(
+            dataset, self.schedule, self.config.num_workers, made_from, self.config.max_broken
+        )
         if self._position:
             self._loader.load_state_dict(self._position)
         return self._loader

@@ -57,6 +57,7 @@ IMMATERIAL = (
     "data.sources",  # likewise: their pairs, weights and templates are in the fingerprint
     "data.replay_dataset",
     "data.num_workers",
+    "data.max_broken",
     "data.eval_batch_size",
 )
 OURS = (
