@@ -106,6 +106,7 @@ BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.num_workers": _at_least(0),
     "data.replay": _share(one=False),
     "data.crop_scale": _share(zero=False),
+    "data.max_broken": _share(one=False),
     "evaluate.max_retrieval": _at_least(2),
 }
 

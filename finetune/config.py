@@ -340,6 +340,10 @@ class DataConfig:
     """Take the replayed samples from this dataset's train split instead of the retain split."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Random resized crop in training: share of the image's area. [1, 1] is no augmentation."""
+    decode: Literal["fast", "exact"] = "fast"
+    """Of training images. exact: by Pillow, the very pixels of open_clip's transform, in twice the time."""
+    max_broken: float = 0.01
+    """Share of an epoch's images that may be unreadable: others stand in for them. More of them stop the run."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 2:

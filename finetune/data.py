@@ -8,27 +8,30 @@ Axes: B samples, H W pixels, L tokens, G ids per sample.
 
 from __future__ import annotations
 
-import hashlib
-import io
+import itertools
 import logging
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import numpy as np
+import pyarrow.compute as pc
 import torch
-from PIL import Image
+from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from curate.clip import Clip
 from curate.errors import ConfigError, InputError
 from curate.shards import Facts, MemberReader, SampleIndex, digest, fingerprint, shard_folder, shards_of
+from finetune.captions import CachedTokenizer, content_hash
 from finetune.config import DataConfig
 from finetune.packing import Packer, packer_of
+from finetune.pixels import UNREADABLE, EvaluationView, TrainingView
 from finetune.schedule import Draw, Origin, Schedule
 from finetune.sources import (
     CaptionLengths,
@@ -44,74 +47,37 @@ from finetune.trimming import Trim, trim_of
 logger = logging.getLogger("cliptailor")
 
 Batch = dict[str, Any]
-"""pixels (B, 3, H, W); tokens (B, L) int64; group (B, G) int64, for `losses.positives`; row (B,) of the index;
-packed: the captions in rows (finetune/packing.py), where they are shorter so."""
+"""pixels (B, 3, H, W), uint8, or float32 if normalised; tokens (B, L) int64; group (B, G) int64, for
+`losses.positives`; row (B,) of the index; packed: the captions in rows (finetune/packing.py), where that is shorter."""
+
+# The stream of random numbers of what stands in for a sample is apart from those of its crop and caption.
+_OF_STAND_INS = 3
+_ATTEMPTS = 20  # to find one that can be read
 
 
-# --- one sample -------------------------------------------------------------------------------------------------------
+# --- one batch --------------------------------------------------------------------------------------------------------
 
 
-def random_crop(width: int, height: int, scale: tuple[float, float], seed: Sequence[int]) -> tuple[int, int, int, int]:
-    """The box (left, top, right, bottom) of a random resized crop.
+class Broken(NamedTuple):
+    """A sample that could not be read, and why: names its file and key."""
 
-    The share of the area is uniform in `scale`, the aspect log-uniform in 3/4 … 4/3: as torchvision's
-    `RandomResizedCrop`, down to the central crop after ten boxes that do not fit, but seeded.
-    """
-    random = np.random.default_rng(seed)
-    for _ in range(10):
-        area = width * height * random.uniform(*scale)
-        aspect = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
-            return left, top, left + w, top + h
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
+    row: int
+    reason: str
 
 
-@dataclass(frozen=True)
-class TrainingView:
-    """PIL image → pixels with a random resized crop, in the size and normalisation of a CLIP's own preprocessing."""
+class Read(NamedTuple):
+    """A batch, and the samples that should have been in it."""
 
-    preprocess_cfg: dict[str, Any]
-    scale: tuple[float, float]
-
-    def __call__(self, image: Image.Image, seed: Sequence[int]) -> Tensor:
-        """Float32 pixels (3, H, W); equal seeds, equal pixels."""
-        size = self.preprocess_cfg["size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        crop = image.crop(random_crop(*image.size, self.scale, seed)).resize((width, height), self._resampling())
-        pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float().div_(255)
-        mean, std = (torch.tensor(self.preprocess_cfg[name])[:, None, None] for name in ("mean", "std"))
-        return (pixels - mean) / std
-
-    def _resampling(self) -> Image.Resampling:
-        bilinear = self.preprocess_cfg.get("interpolation") == "bilinear"
-        return Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
-
-
-@dataclass(frozen=True)
-class EvaluationView:
-    """PIL image → pixels as a CLIP sees them in evaluation; the seed plays no part."""
-
-    preprocess: Callable[[Image.Image], Tensor]
-
-    def __call__(self, image: Image.Image, seed: Sequence[int]) -> Tensor:
-        """Float32 pixels (3, H, W)."""
-        del seed
-        return self.preprocess(image)
-
-
-def _hash(content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
+    batch: Batch
+    broken: list[Broken]
 
 
 @dataclass
-class PairDataset(Dataset[Batch]):
+class PairDataset(Dataset[Read]):
     """Whole batches by `Draw`s.
 
-    A sample that cannot be read makes its batch an error, which the loader raises in the main process.
+    For a sample that cannot be read another of its source stands in, chosen by (seed, pass, row): batches keep their
+    size, which ranks must have in common, and are the same in every process and after a resume.
     """
 
     index: SampleIndex
@@ -125,51 +91,74 @@ class PairDataset(Dataset[Batch]):
     pack: Packer | None = None
     """What puts captions into rows."""
     reader: MemberReader = field(init=False)
+    named: set[int] = field(init=False, default_factory=set)
+    """Rows of broken samples that have been told of."""
 
     def __post_init__(self) -> None:
         self.reader = MemberReader(self.index.tars)
         self._facts, self._sources = Facts(self.index, self.reader), self.index.table["source"]
+        phrasings = max((len(each) for each in self.templates), default=0) or 1
+        self._tokenize = CachedTokenizer(self.tokenizer, len(self.index) * phrasings)
+        # Where each source begins, and the last ends: their rows lie side by side.
+        runs = pc.run_end_encode(self._sources.combine_chunks())
+        self._borders = np.concatenate([[0], runs.run_ends.to_numpy()])
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitems__(self, draws: Sequence[Draw]) -> Batch | InputError:
-        """The batch of these samples."""
+    def __getitems__(self, draws: Sequence[Draw]) -> Read | InputError:
+        """The batch of these samples; an error if nothing readable is found to stand in for one."""
+        broken: list[Broken] = []
         try:
-            pixels, images = zip(*(self._pixels(draw) for draw in draws), strict=True)
+            read, pixels, images = zip(*(self._readable(draw, broken) for draw in draws), strict=True)
         except InputError as error:
             return error
-        rows = [draw.row for draw in draws]
-        tokens = self.tokenizer([self._caption(draw) for draw in draws])
-        said = [self._ids(row, line) for row, line in zip(rows, tokens, strict=True)]
-        group = torch.tensor([(*ids, image) for ids, image in zip(said, images, strict=True)])
+        tokens, said = self._tokenize([self._caption(draw) for draw in read])
+        rows = [draw.row for draw in read]
+        group = torch.tensor([*zip(said, map(self._duplicates, rows), images, strict=True)])
         seen = self.trim(tokens) if self.trim else tokens
         batch = {"pixels": torch.stack(pixels), "tokens": seen, "group": group, "row": torch.tensor(rows)}
         packed = self.pack(seen) if self.pack else None
-        return batch | {"packed": packed} if packed else batch
+        return Read(batch | {"packed": packed} if packed else batch, broken)
 
     def _caption(self, draw: Draw) -> str:
         source = self._sources[draw.row].as_py()
         templates = self.templates[source] if source is not None and self.templates else ()
         return drawn_caption(self._facts.captions(draw.row), templates, (self.seed, draw.turn, draw.row))
 
-    def _pixels(self, draw: Draw) -> tuple[Tensor, int]:
+    def _readable(self, draw: Draw, broken: list[Broken]) -> tuple[Draw, Tensor, int]:
+        """This sample or one that stands in for it, its pixels and the id of its image; adds what is broken."""
+        stand_ins = (self._stand_in(draw, attempt) for attempt in range(_ATTEMPTS))
+        for row in itertools.chain([draw.row], stand_ins):
+            stand_in = Draw(row, draw.turn)
+            found = self._pixels(stand_in)
+            if not isinstance(found, Broken):
+                return stand_in, *found
+            broken.append(found)
+        raise InputError(f"{broken[-1].reason}; nor can any other of {_ATTEMPTS}; build or copy the dataset again")
+
+    def _stand_in(self, draw: Draw, attempt: int) -> int:
+        """Any row of the same source."""
+        source = int(np.searchsorted(self._borders, draw.row, side="right"))
+        random = np.random.default_rng((self.seed, draw.turn, draw.row, _OF_STAND_INS, attempt))
+        return int(random.integers(*self._borders[source - 1 : source + 1]))
+
+    def _pixels(self, draw: Draw) -> tuple[Tensor, int] | Broken:
         """What the CLIP sees, and an id of the stored image: one that is there twice is a positive of both captions."""
         tar, offset, size = self._facts.place(draw.row)
         try:
             content = self.reader.read(tar, offset, size)
-            with Image.open(io.BytesIO(content)) as image:
-                return self.view(image.convert("RGB"), (self.seed, draw.turn, draw.row)), _hash(content)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(
-                f"{self.index.tars[tar]}: sample {self._facts.key(draw.row)}: the image cannot be decoded ({error}); "
-                "build or copy the dataset again"
-            ) from error
+            pixels = self.view(content, (self.seed, draw.turn, draw.row))
+        except (*UNREADABLE, InputError) as error:
+            # PIL's own words for bytes of no format are the address of our buffer.
+            why = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+            sample = f"{self.index.tars[tar]}: sample {self._facts.key(draw.row)}"
+            return Broken(draw.row, f"{sample}: the image cannot be decoded ({why})")
+        return pixels, len(content) << 32 | zlib.crc32(content)
 
-    def _ids(self, row: int, tokens: Tensor) -> tuple[int, int]:
-        """An id of what the sample says, to the text tower, and one of the duplicates it belongs to."""
-        group = self._facts.group(row) or f"row {row}"
-        return _hash(tokens.numpy().tobytes()), _hash(group.encode())
+    def _duplicates(self, row: int) -> int:
+        """An id of the duplicates that a sample belongs to."""
+        return content_hash((self._facts.group(row) or f"row {row}").encode())
 
 
 # --- loaders ----------------------------------------------------------------------------------------------------------
@@ -179,11 +168,13 @@ def _same(batch: Any) -> Any:
     return batch
 
 
-def _load(dataset: PairDataset, batches: Iterable[Sequence[Draw]], num_workers: int) -> Iterator[Batch]:
+def _load(
+    dataset: PairDataset, batches: Iterable[Sequence[Draw]], num_workers: int, most_broken: float = 0
+) -> Iterator[Batch]:
     """Yield each batch, decoded in worker processes.
 
     Raises:
-        InputError: an image that cannot be read.
+        InputError: more images than `most_broken` cannot be read.
     """
     loader = DataLoader(
         dataset,
@@ -193,10 +184,23 @@ def _load(dataset: PairDataset, batches: Iterable[Sequence[Draw]], num_workers: 
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else each start of the loader would draw from the global one
     )
-    for batch in loader:
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
+    num_broken = 0
+    for read in loader:
+        if isinstance(read, InputError):
+            raise read
+        for row, reason in read.broken:
+            num_broken += 1
+            if num_broken > most_broken:
+                more = (
+                    f"; it is number {num_broken:,} in an epoch, more than data.max_broken allows"
+                    if most_broken
+                    else ""
+                )
+                raise InputError(f"{reason}{more}; build or copy the dataset again")
+            if row not in dataset.named:
+                dataset.named.add(row)
+                logger.warning("data    %s; another sample stands in for it (%s so far)", reason, f"{num_broken:,}")
+        yield read.batch
 
 
 class TrainingLoader:
@@ -210,14 +214,22 @@ class TrainingLoader:
         schedule: which of them come when.
         num_workers: processes that decode.
         made_from: changes with the samples and the seed.
+        max_broken: share of an epoch's samples that may be unreadable.
         passes_over: states of other samples, instead of refusing them.
     """
 
     def __init__(
-        self, dataset: PairDataset, schedule: Schedule, num_workers: int, made_from: str, *, passes_over: bool = False
+        self,
+        dataset: PairDataset,
+        schedule: Schedule,
+        num_workers: int,
+        made_from: str,
+        max_broken: float = 0.0,
+        *,
+        passes_over: bool = False,
     ) -> None:
         self.dataset, self.schedule, self.num_workers, self.made_from = dataset, schedule, num_workers, made_from
-        self.passes_over = passes_over
+        self.max_broken, self.passes_over = max_broken, passes_over
         self.epoch = self.next_batch = 0
 
     def __len__(self) -> int:
@@ -226,7 +238,8 @@ class TrainingLoader:
     def __iter__(self) -> Iterator[Batch]:
         epoch, first = self.epoch, self.next_batch
         draws = (self.schedule.batch(epoch, number) for number in range(first, len(self)))
-        for number, batch in enumerate(_load(self.dataset, draws, self.num_workers), start=first + 1):
+        most_broken = self.max_broken * self.schedule.batch_size * len(self)
+        for number, batch in enumerate(_load(self.dataset, draws, self.num_workers, most_broken), start=first + 1):
             # Before it is handed out: a checkpoint taken while it is in use counts it as seen.
             self.epoch, self.next_batch = self.schedule.after(epoch, number)
             yield batch
@@ -406,14 +419,20 @@ class CLIPDataModule(lightning.LightningDataModule):
         if self._lengths is None and self.schedule.rank == 0 and self.caption_lengths(clip).too_long:
             logger.warning("data    %s and are cut", self._lengths)
         view = (
-            TrainingView(clip.preprocess_cfg, self.config.crop_scale) if augmented else EvaluationView(clip.preprocess)
+            TrainingView(clip.preprocess_cfg, self.config.crop_scale, fast=self.config.decode == "fast")
+            if augmented
+            else EvaluationView(clip.preprocess)
         )
         dataset = PairDataset(
             index, view, clip.tokenizer, self.seed, self._training.templates, self._trim(), self._packer()
         )
-        # What Lightning has kept of the loader beside our own position may be of other samples.
         self._loader = TrainingLoader(
-            dataset, self.schedule, self.config.num_workers, self._made_from, passes_over=self.anew
+            dataset,
+            self.schedule,
+            self.config.num_workers,
+            self._made_from,
+            self.config.max_broken,
+            passes_over=self.anew,  # what Lightning has kept of the loader beside our own position
         )
         if self._position:
             self._loader.load_state_dict(self._position)
@@ -467,5 +486,5 @@ class CLIPDataModule(lightning.LightningDataModule):
         return trim_of(self._clip().model)
 
     def _packer(self) -> Packer | None:
-        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
-        return packer_of(module.model, module.compute.micro_batch_size)
+        module: Any = self.trainer.lightning_module if self.trainer else None
+        return packer_of(self._clip().model, module.compute.micro_batch_size if module else None)

@@ -61,6 +61,7 @@ IMMATERIAL = (
     "data.sources",  # likewise: their pairs, weights and templates are in the fingerprint
     "data.replay_dataset",
     "data.num_workers",
+    "data.max_broken",
     "data.eval_batch_size",
 )
 # What it may be continued with another value of without further ado: it goes on at the same sample.

@@ -43,6 +43,7 @@ from finetune.losses import (
 )
 from finetune.optim import adamw, clamp_logit_scale, schedule, total_steps
 from finetune.packing import Packed, packer_of
+from finetune.pixels import normalised
 from finetune.start import Start, evaluating
 from finetune.trimming import encode_text
 
@@ -149,11 +150,14 @@ class CLIPModule(lightning.LightningModule):
         return self.clip_config.is_random
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Embeddings (B, D) of pixels (B, 3, H, W), L2-normalised, at least float32."""
+        """Embeddings (B, D) of pixels (B, 3, H, W), uint8 or preprocessed; L2-normalised, at least float32."""
         with self._gradient("image"):
-            return in_parts(
-                lambda part: _normalised(self.model.encode_image(part)), pixels, self.compute.micro_batch_size
-            )
+            return in_parts(self._encode_pixels, pixels, self.compute.micro_batch_size)
+
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
+        if pixels.dtype == torch.uint8:  # others are in the weights' precision already: Lightning sees to it
+            pixels = normalised(pixels, self.clip.preprocess_cfg).to(self.model.logit_scale.dtype)
+        return _normalised(self.model.encode_image(pixels))
 
     def encode_text(self, tokens: Tensor | list[Packed]) -> Tensor:
         """Embeddings (B, D) of captions, L2-normalised, at least float32.

@@ -17,16 +17,14 @@ from PIL import Image
 from curate.clip import Clip, load_clip
 from curate.errors import ConfigError, InputError
 from curate.shards import ShardWriter, read_index
-from finetune.config import DataConfig
+from finetune.config import DataConfig, SourceConfig
 from finetune.data import (
     CLIPDataModule,
-    EvaluationView,
     PairDataset,
-    TrainingView,
     data_fingerprint,
     has_split,
-    random_crop,
 )
+from finetune.pixels import EvaluationView
 from finetune.schedule import KEPT, Draw, Schedule, permutation, shuffled
 from finetune.sources import concatenate, split_pairs
 from tests.finetune import tiny
@@ -172,57 +170,12 @@ def test_cut_into_other_batches_the_rest_of_an_epoch_is_what_was_not_seen(num_sa
         assert max(replayed, key=lambda draw: draw.turn).turn == (len(replayed) - 1) // num_replay
 
 
-# --- views ------------------------------------------------------------------------------------------------------------
-
-
-def picture(width: int = 60, height: int = 44) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
-
-
-def test_a_training_view_is_torchvisions_crop_in_the_clips_size_and_normalisation(clip):
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as reference
-
-    image = picture()
-    left, top, right, bottom = random_crop(*image.size, (0.5, 0.9), (1, 2, 3))
-    cropped = reference.resized_crop(image, top, left, bottom - top, right - left, [32, 32], InterpolationMode.BICUBIC)
-    cfg = clip.preprocess_cfg
-    expected = reference.normalize(reference.to_tensor(cropped), cfg["mean"], cfg["std"])
-    ours = TrainingView(cfg, (0.5, 0.9))(image, (1, 2, 3))
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
-
-
-def test_crops_have_the_asked_share_of_the_area_and_a_mild_aspect():
-    for seed in range(200):
-        left, top, right, bottom = random_crop(200, 180, (0.3, 0.8), (seed,))
-        assert 0 <= left < right <= 200
-        assert 0 <= top < bottom <= 180
-        width, height = right - left, bottom - top
-        assert 0.29 <= width * height / (200 * 180) <= 0.81
-        assert 0.74 <= width / height <= 1.35
-
-
-@pytest.mark.parametrize("size", [(1000, 2), (2, 1000), (1, 1)])
-def test_an_image_too_narrow_for_any_crop_is_cut_in_its_middle(size):
-    left, top, right, bottom = random_crop(*size, (0.9, 1.0), (0,))
-    assert 0 <= left < right <= size[0]
-    assert 0 <= top < bottom <= size[1]
-
-
-def test_equal_seeds_give_equal_crops_and_others_others():
-    boxes = [
-        random_crop(300, 300, (0.2, 1.0), seed) for seed in ((1, 2, 3), (1, 2, 3), (1, 2, 4), (1, 3, 3), (2, 2, 3))
-    ]
-    assert boxes[0] == boxes[1]
-    assert len(set(boxes)) == 4
-
-
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_has_pixels_tokens_ids_and_rows(clip, dataset):
     pairs = PairDataset(split_pairs(dataset, "train"), EvaluationView(clip.preprocess), clip.tokenizer)
-    batch = pairs.__getitems__([Draw(3, 0), Draw(20, 0)])
+    batch = pairs.__getitems__([Draw(3, 0), Draw(20, 0)]).batch
     assert batch["pixels"].shape == (2, 3, 32, 32)
     assert batch["pixels"].dtype == torch.float32
     index = read_index(dataset, "train")
@@ -234,6 +187,14 @@ def test_a_batch_has_pixels_tokens_ids_and_rows(clip, dataset):
     assert torch.equal(batch["pixels"][1], clip.preprocess(stored))
 
 
+def test_crops_are_bytes_of_the_way_that_was_asked_for(clip, dataset):
+    for decode in ("fast", "exact"):
+        loader = WithClip(clip, config(dataset, decode=decode)).train_dataloader()
+        assert loader.dataset.view.fast == (decode == "fast")
+        pixels = next(iter(loader))["pixels"]
+        assert (pixels.dtype, pixels.shape, pixels.is_contiguous()) == (torch.uint8, (8, 3, 32, 32), True)
+
+
 def test_captions_that_read_alike_duplicates_and_equal_images_share_an_id(clip, tmp_path):
     schema = pa.schema([("key", pa.string()), ("caption", pa.string()), ("duplicate_group", pa.string())])
     rows = [("A  Red circle", "g1"), ("a red circle", None), ("a dog", "g1"), ("a cat", None)]
@@ -242,7 +203,7 @@ def test_captions_that_read_alike_duplicates_and_equal_images_share_an_id(clip, 
             row = {"key": f"{number}", "caption": caption, "duplicate_group": group}
             shard.add(row, tiny.picture("red", "circle", min(number, 2)), "png")
     pairs = PairDataset(split_pairs(tmp_path, "train"), EvaluationView(clip.preprocess), clip.tokenizer)
-    caption, duplicate, image = pairs.__getitems__([Draw(row, 0) for row in range(4)])["group"].T
+    caption, duplicate, image = pairs.__getitems__([Draw(row, 0) for row in range(4)]).batch["group"].T
     assert caption[0] == caption[1]
     assert len(set(caption.tolist())) == 3
     assert duplicate[0] == duplicate[2]
@@ -436,17 +397,124 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(dataset, tmp_path
     assert data_fingerprint(config(other)) != data_fingerprint(config(dataset))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_corrupt_image_is_named_by_tar_and_key(clip, tmp_path, num_workers):
+# --- samples that cannot be read --------------------------------------------------------------------------------------
+
+
+def jpeg(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.open(io.BytesIO(tiny.picture(tiny.COLOURS[number % 8], "circle", number))).save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory) -> Path:
+    """40 JPEGs, of which three are broken, each in its way, and a retain split of 6 without fault."""
+    folder = tmp_path_factory.mktemp("damaged")
     schema = pa.schema([("key", pa.string()), ("caption", pa.string())])
-    with ShardWriter(tmp_path / "train-00000", schema, made_from="test") as shard:
-        for number in range(4):
-            content = tiny.picture("red", "circle", number)
-            shard.add({"key": f"k{number}", "caption": "x"}, content[:90] if number == 2 else content, "png")
-    loader = WithClip(clip, config(tmp_path, num_workers=num_workers)).train_dataloader()
-    with pytest.raises(InputError, match=r"train-00000\.tar: sample k2: the image cannot be decoded") as caught:
+    ways = {
+        5: lambda content: content[:200],
+        17: lambda content: b"<html>not found</html>",
+        30: lambda content: content[: len(content) // 2] + bytes(len(content) // 2),
+    }
+    for split, size in (("train", 40), ("retain", 6)):
+        with ShardWriter(folder / f"{split}-00000", schema, made_from="test") as shard:
+            for number in range(size):
+                content = ways.get(number, bytes)(jpeg(number)) if split == "train" else jpeg(number)
+                shard.add({"key": f"k{number}", "caption": f"picture {number}"}, content, "jpg")
+    return folder
+
+
+def lossy(clip: Clip, damaged: Path, **fields):
+    return WithClip(clip, config(damaged, **({"max_broken": 0.1} | fields))).train_dataloader()
+
+
+@pytest.mark.parametrize("decode", ["fast", "exact"])
+def test_another_sample_stands_in_for_one_that_cannot_be_read(clip, damaged, decode):
+    loader = lossy(clip, damaged, decode=decode)
+    for epoch in range(3):
+        drawn = [loader.schedule.batch(epoch, number) for number in range(5)]
+        read = batches(loader)
+        stood_in = []
+        for draws, batch in zip(drawn, read, strict=True):
+            rows = batch["row"].tolist()
+            assert [row for row, draw in zip(rows, draws, strict=True) if draw.row not in (5, 17, 30)] == [
+                draw.row for draw in draws if draw.row not in (5, 17, 30)
+            ]
+            stood_in += [row for row, draw in zip(rows, draws, strict=True) if draw.row in (5, 17, 30)]
+            said = clip.tokenizer([f"picture {row}" for row in rows])
+            assert torch.equal(batch["tokens"], said[:, : batch["tokens"].shape[1]])
+        assert len(stood_in) == 3
+        assert {5, 17, 30}.isdisjoint(stood_in)
+
+
+def test_a_broken_sample_is_named_once_with_its_file_and_key(clip, damaged, caplog):
+    loader = lossy(clip, damaged, num_workers=2)
+    for _ in range(2):
+        batches(loader)
+    told = [record.getMessage() for record in caplog.records if "stands in" in record.getMessage()]
+    assert len(told) == 3
+    assert all("\n" not in line and f"{damaged}/train-00000.tar: sample k" in line for line in told)
+    assert {line.split("sample ")[1].split(":")[0] for line in told} == {"k5", "k17", "k30"}
+    assert told[-1].endswith("(3 so far)")
+
+
+def test_stand_ins_are_the_same_with_workers_and_after_a_resume(clip, damaged):
+    expected = batches(lossy(clip, damaged))
+    assert_same(batches(lossy(clip, damaged, num_workers=2)), expected)
+    for taken in (1, 3):
+        resumed = lossy(clip, damaged)
+        resumed.load_state_dict(resumed.state_dict() | {"next_batch": taken})
+        assert_same(batches(resumed), expected[taken:])
+
+
+def test_a_stand_in_is_of_the_same_source(clip, damaged, tmp_path):
+    loader = lossy(clip, damaged, replay=0.25)
+    drawn = [loader.schedule.batch(0, number) for number in range(len(loader))]
+    for draws, batch in zip(drawn, batches(loader), strict=True):
+        assert [row >= 40 for row in batch["row"].tolist()] == [draw.row >= 40 for draw in draws]
+    other = tmp_path / "one"
+    schema = pa.schema([("key", pa.string()), ("caption", pa.string())])
+    with ShardWriter(other / "00000", schema, made_from="test") as shard:
+        shard.add({"key": "sound", "caption": "x"}, jpeg(0), "jpg")
+        shard.add({"key": "broken", "caption": "x"}, b"", "jpg")
+    sources = [SourceConfig(path=damaged), SourceConfig(path=other)]
+    rows = [row for _ in range(2) for batch in lossy(clip, damaged, sources=sources) for row in batch["row"].tolist()]
+    assert rows.count(40) == 4
+    assert 41 not in rows
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("allowed", [0.01, 0.05])
+def test_more_broken_samples_than_allowed_stop_the_run(clip, damaged, num_workers, allowed):
+    loader = lossy(clip, damaged, num_workers=num_workers, max_broken=allowed)
+    words = rf"train-00000\.tar: sample k\d+: .* number {int(allowed * 40) + 1} in an epoch, more than data\.max_broken"
+    with pytest.raises(InputError, match=words) as caught:
         batches(loader)
     assert "\n" not in str(caught.value)
+
+
+def test_where_nothing_can_be_read_there_is_an_end(clip, tmp_path):
+    schema = pa.schema([("key", pa.string()), ("caption", pa.string())])
+    with ShardWriter(tmp_path / "00000", schema, made_from="test") as shard:
+        for number in range(4):
+            shard.add({"key": f"k{number}", "caption": "x"}, b"", "jpg")
+    with pytest.raises(InputError, match=r"00000\.tar: sample k\d: .*of no known format.*nor can any other"):
+        batches(lossy(clip, tmp_path, max_broken=0.99))
+
+
+def test_validation_stops_at_an_image_that_cannot_be_read(clip, tmp_path):
+    schema = pa.schema([("key", pa.string()), ("caption", pa.string())])
+    for split in ("train", "val"):
+        with ShardWriter(tmp_path / f"{split}-00000", schema, made_from="test") as shard:
+            for number in range(4):
+                content = jpeg(number)[:90] if (split, number) == ("val", 2) else jpeg(number)
+                shard.add({"key": f"k{number}", "caption": "x"}, content, "jpg")
+    loader = WithClip(clip, config(tmp_path, max_broken=0.9)).val_dataloader()
+    with pytest.raises(InputError, match=r"val-00000\.tar: sample k2: .*; build or copy the dataset again"):
+        batches(loader)
+
+
+# --- validation, and what is missing ----------------------------------------------------------------------------------
 
 
 def test_validation_is_the_val_split_in_order_shared_between_ranks(clip, dataset):

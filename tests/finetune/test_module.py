@@ -8,6 +8,7 @@ from dataclasses import asdict
 import lightning
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from curate.clip import load_clip
@@ -62,6 +63,17 @@ def test_embeddings_are_those_of_open_clip_normalised(architectures, weights):
     image, text = module(given["pixels"], given["tokens"])
     torch.testing.assert_close(image, clip.embed_images(given["pixels"]), rtol=0, atol=1e-6)
     torch.testing.assert_close(text, clip.embed_captions(given["tokens"]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("micro_batch_size", "dtype"), [(None, torch.float32), (4, torch.float32), (None, torch.float64)]
+)
+def test_bytes_are_normalised_as_the_clips_own_preprocessing_does(architectures, micro_batch_size, dtype):
+    compute = {"micro_batch_size": micro_batch_size}
+    module = CLIPModule({"name": architectures["tiny-vit"], "pretrained": None}, compute=compute).eval().to(dtype)
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    seen = [module.clip.preprocess(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images]
+    torch.testing.assert_close(module.encode_image(images), module.encode_image(torch.stack(seen).to(dtype)))
 
 
 @pytest.mark.parametrize("multi_positive", [True, False])

@@ -289,7 +289,7 @@ def test_one_caption_and_template_is_drawn_each_time_evenly_and_by_the_seed_alon
 
 def test_a_batch_says_what_was_drawn(clip, dataset, table):
     data = WithClip(clip, mixed(dataset, table))
-    batch = data.train_dataloader().dataset.__getitems__([Draw(41, 9)])
+    batch = data.train_dataloader().dataset.__getitems__([Draw(41, 9)]).batch
     said = drawn_caption(["green"], ["a photo of a {}.", "art of a {}."], (3, 9, 41))
     assert torch.equal(batch["tokens"], clip.tokenizer([said])[:, :8])  # of eight tokens; cut behind them
 
