@@ -134,11 +134,16 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 class EpochLength(lightning.Callback):
-    """Tells Lightning how long each epoch is.
+    """Tells Lightning which epoch it is in, and how long that is.
 
-    It asks once; but the epoch in which a run goes on with batches of another size has another number of them than the
-    next.
+    It asks for the length once; but the epoch in which a run goes on with batches of another size has another number of
+    them than the next.
     """
+
+    def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """Count an epoch that a checkpoint was taken at the end of; Lightning does so only where epochs end the run."""
+        progress = trainer.fit_loop.epoch_progress.current
+        progress.completed = progress.processed
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         """Look at the loader, which is at the epoch's beginning."""

@@ -393,6 +393,19 @@ def test_a_folder_that_is_no_run_is_left_alone(short, tmp_path):
     assert (tmp_path / "report.html").read_text() == "of the dataset"
 
 
+def test_a_run_of_so_many_steps_knows_its_epoch_after_one_that_died_at_an_epochs_end(short, tmp_path):
+    steps = replace(short.trainer, max_epochs=None, max_steps=10)
+    unbroken, broken = (replace(short, out=tmp_path / name, trainer=steps) for name in ("unbroken", "broken"))
+    fit(unbroken)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 9, ZeroDivisionError)  # the first of the second epoch
+        with pytest.raises(ZeroDivisionError):
+            fit(broken)
+    fit(broken)
+    assert_equal(weights(broken.out), weights(unbroken.out))
+    assert (broken.out / "metrics.csv").read_text() == (unbroken.out / "metrics.csv").read_text()
+
+
 def test_no_checkpoint_is_taken_between_the_batches_of_one_step(short, tmp_path):
     trainer = replace(short.trainer, max_epochs=1, accumulate_grad_batches=3)  # 8 batches: 3, 3 and 2
     unbroken = replace(short, out=tmp_path / "unbroken", trainer=trainer)
