@@ -340,6 +340,9 @@ class DataConfig:
     """Take the replayed samples from this dataset's train split instead of the retain split."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Random resized crop in training: share of the image's area. [1, 1] is no augmentation."""
+    cache_features: Literal["auto", "off"] = "auto"
+    """auto: the embeddings of a locked tower that sees each sample the same way each time (an image tower: crop_scale
+    [1, 1]; a text tower: one caption a sample) are computed once, and kept beside `out` for later runs too."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 2:

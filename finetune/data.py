@@ -12,7 +12,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,10 @@ from torch.utils.data import DataLoader, Dataset
 from curate.clip import Clip
 from curate.errors import ConfigError, InputError
 from curate.shards import MemberReader, SampleIndex, digest, fingerprint, shard_folder, shards_of
-from finetune.config import DataConfig
+from finetune.adapters import is_locked
+from finetune.config import SHARDED, TOWERS, DataConfig
+from finetune.features import Features, Saved, compute, key_of, room_for, why_not
+from finetune.optim import total_steps
 from finetune.packing import Packer, packer_of
 from finetune.schedule import Draw, Schedule
 from finetune.sources import (
@@ -38,13 +41,15 @@ from finetune.sources import (
     split_pairs,
     training_set,
 )
+from finetune.start import evaluating
 from finetune.trimming import Trim, trim_of
 
 logger = logging.getLogger("cliptailor")
 
 Batch = dict[str, Any]
 """pixels (B, 3, H, W); tokens (B, L) int64; group (B, G) int64, for `losses.positives`; row (B,) of the index;
-packed: the captions in rows (finetune/packing.py), where they are shorter so."""
+packed: the captions in rows (finetune/packing.py), where they are shorter so. In place of pixels, or of tokens, image
+or text (B, D), the embeddings of a locked tower (finetune/features.py)."""
 
 
 # --- one sample -------------------------------------------------------------------------------------------------------
@@ -123,6 +128,8 @@ class PairDataset(Dataset[Batch]):
     """What cuts captions behind their ends."""
     pack: Packer | None = None
     """What puts captions into rows."""
+    cached: Features | None = None
+    """Embeddings of a locked tower, in place of what it would see."""
     reader: MemberReader = field(init=False)
 
     def __post_init__(self) -> None:
@@ -137,18 +144,38 @@ class PairDataset(Dataset[Batch]):
 
     def __getitems__(self, draws: Sequence[Draw]) -> Batch | InputError:
         """The batch of these samples."""
+        rows = [draw.row for draw in draws]
         try:
-            pixels, images = zip(*(self._pixels(draw) for draw in draws), strict=True)
+            images, shown = self.images(draws)
         except InputError as error:
             return error
-        rows = [draw.row for draw in draws]
+        texts, said = self.texts(draws)
+        duplicates = [_hash((self._groups[row].as_py() or f"row {row}").encode()) for row in rows]
+        group = torch.tensor([*zip(said, duplicates, shown, strict=True)])
+        return {**images, **texts, "group": group, "row": torch.tensor(rows)}
+
+    def images(self, draws: Sequence[Draw]) -> tuple[Batch, list[int]]:
+        """What the CLIP sees of samples, and an id of each stored image.
+
+        Raises:
+            InputError: an image that cannot be decoded.
+        """
+        if self.cached and self.cached.tower == "image":
+            embeddings, ids = self.cached.read([draw.row for draw in draws])
+            return {"image": embeddings}, ids
+        pixels, ids = zip(*(self._pixels(draw) for draw in draws), strict=True)
+        return {"pixels": torch.stack(pixels)}, list(ids)
+
+    def texts(self, draws: Sequence[Draw]) -> tuple[Batch, list[int]]:
+        """What is said of samples, and an id of each text, as the text tower reads it."""
+        if self.cached and self.cached.tower == "text":
+            embeddings, ids = self.cached.read([draw.row for draw in draws])
+            return {"text": embeddings}, ids
         tokens = self.tokenizer([self._caption(draw) for draw in draws])
-        said = [self._ids(row, line) for row, line in zip(rows, tokens, strict=True)]
-        group = torch.tensor([(*ids, image) for ids, image in zip(said, images, strict=True)])
         seen = self.trim(tokens) if self.trim else tokens
-        batch = {"pixels": torch.stack(pixels), "tokens": seen, "group": group, "row": torch.tensor(rows)}
         packed = self.pack(seen) if self.pack else None
-        return batch | {"packed": packed} if packed else batch
+        said = [_hash(line.numpy().tobytes()) for line in tokens]
+        return {"tokens": seen} | ({"packed": packed} if packed else {}), said
 
     def _caption(self, draw: Draw) -> str:
         source = self._sources[draw.row].as_py()
@@ -168,13 +195,25 @@ class PairDataset(Dataset[Batch]):
                 "build or copy the dataset again"
             ) from error
 
-    def _ids(self, row: int, tokens: Tensor) -> tuple[int, int]:
-        """An id of what the sample says, to the text tower, and one of the duplicates it belongs to."""
-        group = self._groups[row].as_py() or f"row {row}"
-        return _hash(tokens.numpy().tobytes()), _hash(group.encode())
-
 
 # --- loaders ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Seen(Dataset[Any]):
+    """What one tower sees of samples, and their ids."""
+
+    dataset: PairDataset
+    tower: str
+
+    def __getitems__(self, draws: Sequence[Draw]) -> tuple[Batch, list[int]] | InputError:
+        try:
+            return self.dataset.images(draws) if self.tower == "image" else self.dataset.texts(draws)
+        except InputError as error:
+            return error
+
+    def __len__(self) -> int:
+        return len(self.dataset)
 
 
 def _same(batch: Any) -> Any:
@@ -306,15 +345,19 @@ class CLIPDataModule(lightning.LightningDataModule):
     Args:
         config: what and how; or give its fields by name: `CLIPDataModule(dataset=Path("dataset"), batch_size=64)`.
         seed: of the order and the augmentation.
+        features: folder where embeddings of locked towers are kept; None: they are not.
         **fields: of DataConfig.
     """
 
-    def __init__(self, config: DataConfig | None = None, *, seed: int = 0, **fields: Any) -> None:
+    def __init__(
+        self, config: DataConfig | None = None, *, seed: int = 0, features: Path | None = None, **fields: Any
+    ) -> None:
         super().__init__()
         if "dataset" in fields:
             fields["dataset"] = Path(fields["dataset"])
         self.config = config or DataConfig(**fields)
-        self.seed = seed
+        self.seed, self.features_folder = seed, features
+        self.saved: Saved | None = None
         self._loader: TrainingLoader | None = None
         self._position: dict[str, Any] | None = None
         self._lengths: CaptionLengths | None = None
@@ -364,23 +407,92 @@ class CLIPDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> TrainingLoader:
         """The stateful loader of the train split, with replay."""
-        index = concatenate(self.train_index, self.replay_index) if self.replay_index else self.train_index
-        augmented = self.config.crop_scale != (1.0, 1.0)
         clip = self._clip()
         # The plan of `finetune fit` has counted them, and told.
         if self._lengths is None and self.schedule.rank == 0 and self.caption_lengths(clip).too_long:
             logger.warning("data    %s and are cut", self._lengths)
-        view = (
-            TrainingView(clip.preprocess_cfg, self.config.crop_scale) if augmented else EvaluationView(clip.preprocess)
-        )
-        dataset = PairDataset(
-            index, view, clip.tokenizer, self.seed, self._training.templates, self._trim(), self._packer()
-        )
+        dataset = self._train_dataset(clip)
+        features = self.features(self.trainer.lightning_module, self.trainer) if self.trainer else None
+        if features:
+            dataset = replace(dataset, cached=self._filled(features, dataset))
         made_from = fingerprint(data_fingerprint(self.config), self.seed, self.schedule.world_size)
         self._loader = TrainingLoader(dataset, self.schedule, self.config.num_workers, made_from)
         if self._position:
             self._loader.load_state_dict(self._position)
         return self._loader
+
+    def _train_dataset(self, clip: Clip) -> PairDataset:
+        augmented = self.config.crop_scale != (1.0, 1.0)
+        view = (
+            TrainingView(clip.preprocess_cfg, self.config.crop_scale) if augmented else EvaluationView(clip.preprocess)
+        )
+        templates = self._training.templates
+        return PairDataset(
+            self._whole_index(), view, clip.tokenizer, self.seed, templates, self._trim(), self._packer()
+        )
+
+    def _whole_index(self) -> SampleIndex:
+        """What is trained on, then what is replayed."""
+        return concatenate(self.train_index, self.replay_index) if self.replay_index else self.train_index
+
+    # --- embeddings of locked towers ---
+
+    def locked_tower(self, module: Any, trainer: lightning.Trainer) -> tuple[str, str | None] | None:
+        """The tower of a CLIPModule that is locked, and why its embeddings are not kept; None: no tower is."""
+        tower = next((tower for tower in TOWERS if is_locked(module.model, tower)), None)
+        if tower is None:
+            return None
+        index = self._whole_index()
+        if self.config.cache_features == "off":
+            return tower, "data.cache_features is off"
+        if self.features_folder is None:
+            return tower, "there is no folder for them"
+        if module.is_sharded:
+            return tower, f"trainer.strategy {SHARDED}"
+        batches = total_steps(trainer.max_steps, trainer.max_epochs, len(self.schedule) or 1)
+        if batches * self.config.batch_size * trainer.accumulate_grad_batches < len(index):
+            return tower, "the run ends before it has seen them all"
+        return tower, why_not(self.config, tower, index, self._training.templates)
+
+    def features(self, module: Any, trainer: lightning.Trainer) -> Features | None:
+        """Where the embeddings of a locked tower are, or will be, kept; None: nowhere. After `setup`."""
+        tower, reason = self.locked_tower(module, trainer) or (None, None)
+        if tower is None or reason or self.features_folder is None:
+            return None
+        index, clip = self._whole_index(), module.clip
+        how = (clip.preprocess_cfg, clip.name, trainer.precision, trainer.strategy.root_device.type)
+        folder = self.features_folder / key_of(tower, module.model, index, *how)
+        features = Features(folder, tower, len(index), module.width)
+        if features.missing and not room_for(features):
+            logger.warning(
+                "data    the embeddings of the %s tower are not kept: their %d MB are more than half of what is free "
+                "at %s",
+                *(tower, features.bytes // 10**6, self.features_folder),
+            )
+            return None
+        return features
+
+    def _filled(self, features: Features, dataset: PairDataset) -> Features:
+        """The same with all embeddings there; each process computes its share of those that are missing."""
+        trainer: Any = self.trainer
+        module = trainer.lightning_module
+        if features.missing and self.schedule.rank == 0:
+            logger.info(
+                "data    computing the embeddings of the %s tower once, into %s", features.tower, features.folder
+            )
+
+        def batches(rows: range) -> Iterator[tuple[Tensor, Sequence[int]]]:
+            size = self.config.eval_batch_size
+            draws = [[Draw(row, 0) for row in rows[start : start + size]] for start in range(0, len(rows), size)]
+            seen = _Seen(dataset, features.tower)
+            with torch.no_grad(), evaluating(module), trainer.precision_plugin.forward_context():
+                for batch, ids in _load(seen, draws, self.config.num_workers):  # type: ignore[arg-type, misc]
+                    yield module.embed_locked(features.tower, batch), ids
+
+        world_size, rank = self._world()
+        self.saved = compute(features, batches, rank=rank, world_size=world_size)
+        trainer.strategy.barrier("features")
+        return features
 
     # Lightning restores the loader's own state in most cases, but not from a checkpoint taken at the end of an epoch.
 
@@ -418,5 +530,5 @@ class CLIPDataModule(lightning.LightningDataModule):
         return trim_of(self._clip().model)
 
     def _packer(self) -> Packer | None:
-        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
-        return packer_of(module.model, module.compute.micro_batch_size)
+        module: Any = self.trainer.lightning_module if self.trainer else None
+        return packer_of(self._clip().model, module.compute.micro_batch_size if module else None)

@@ -59,6 +59,7 @@ IMMATERIAL = (
     "data.num_workers",
     "data.eval_batch_size",
 )
+FEATURES = ".features"  # beside `out`: embeddings of locked towers, for other runs too
 OURS = (
     "config.yaml",
     "inputs.json",
@@ -274,7 +275,8 @@ def _prepare(config: FitConfig) -> tuple[CLIPModule, CLIPDataModule, Trainer]:
     model = config.model
     kind = ShardedCLIPModule if config.trainer.strategy == SHARDED else CLIPModule
     module = kind(model.clip, model.adapter, model.loss, model.optimizer, model.compute)
-    return module, CLIPDataModule(config.data, seed=config.seed_everything), _trainer(config)
+    data = CLIPDataModule(config.data, seed=config.seed_everything, features=config.out.parent / FEATURES)
+    return module, data, _trainer(config)
 
 
 def _plan(config: FitConfig, module: CLIPModule, data: CLIPDataModule, trainer: Trainer) -> Plan:
