@@ -332,6 +332,9 @@ class DataConfig:
     """Pairs a step and device; with several devices the contrastive batch is all of theirs together."""
     eval_batch_size: int = 256
     """Pairs encoded at once in evaluation."""
+    batches: Literal["shuffled", "without_twins", "by_length", "hard_negatives"] = "shuffled"
+    """Which samples come together. without_twins: no two with equal captions or of one duplicate group. by_length:
+    captions of like length. hard_negatives: neighbours by the embeddings that `curate build` stored in the dataset."""
     num_workers: int = 4
     """Processes that decode images; 0 decodes in the training process."""
     replay: float = 0.0

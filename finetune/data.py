@@ -18,6 +18,7 @@ from typing import Any
 
 import lightning
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from PIL import Image
 from torch import Tensor
@@ -27,6 +28,7 @@ from curate.clip import Clip
 from curate.errors import ConfigError, InputError
 from curate.shards import MemberReader, SampleIndex, digest, fingerprint, shard_folder, shards_of
 from finetune.adapters import is_locked
+from finetune.batches import Arrangement, caption_sizes, clusters, stored_embeddings, twin_groups
 from finetune.config import SHARDED, TOWERS, DataConfig
 from finetune.features import Features, Saved, compute, key_of, room_for, why_not
 from finetune.optim import total_steps
@@ -336,7 +338,8 @@ def data_fingerprint(config: DataConfig) -> str:
     digests: list[Any] = [split_digests(*source) for source in ((config.dataset, "train"), replayed) if source]
     if config.sources or not digests[0]:
         digests[0] = sources_fingerprint(config)
-    return fingerprint(digests, config.batch_size, config.replay, config.crop_scale)
+    how = [config.batch_size, config.replay, config.crop_scale]
+    return fingerprint(digests, *how, *([config.batches] if config.batches != "shuffled" else []))
 
 
 class CLIPDataModule(lightning.LightningDataModule):
@@ -361,6 +364,7 @@ class CLIPDataModule(lightning.LightningDataModule):
         self._loader: TrainingLoader | None = None
         self._position: dict[str, Any] | None = None
         self._lengths: CaptionLengths | None = None
+        self._arranged: Arrangement | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Read the indices.
@@ -392,7 +396,35 @@ class CLIPDataModule(lightning.LightningDataModule):
             world_size=world_size,
             rank=rank,
             sources=self._training.passes,
+            arrangement=self._arrangement(),
         )
+
+    def _arrangement(self) -> Arrangement | None:
+        """Which samples come together; the same for all ranks."""
+        kind, table = self.config.batches, self.train_index.table
+        if kind != "shuffled" and self._arranged is None:
+            if kind == "without_twins":
+                value_N = twin_groups(table)
+            elif kind == "by_length":
+                value_N = caption_sizes(table)
+            else:
+                value_N = self._clusters()
+            self._arranged = Arrangement(kind, value_N)
+        return self._arranged
+
+    def _clusters(self) -> np.ndarray:
+        sources, table = self.config.trained_on, self.train_index.table
+        found = [
+            stored_embeddings(
+                source.path,
+                self.config.source_key(number),
+                table.filter(pc.equal(table["source"], number))["key"].to_pylist(),
+            )
+            for number, source in enumerate(sources)
+        ]
+        value_N = clusters(np.concatenate(found), self.config.batch_size, self.seed)
+        # Sums may come out otherwise on another machine; the ranks must agree.
+        return self.trainer.strategy.broadcast(value_N) if self.trainer else value_N
 
     def caption_lengths(self, clip: Clip) -> CaptionLengths:
         """How many captions this CLIP's context cuts, over a seeded sample of a large set; after `setup`."""
@@ -415,7 +447,8 @@ class CLIPDataModule(lightning.LightningDataModule):
         features = self.features(self.trainer.lightning_module, self.trainer) if self.trainer else None
         if features:
             dataset = replace(dataset, cached=self._filled(features, dataset))
-        made_from = fingerprint(data_fingerprint(self.config), self.seed, self.schedule.world_size)
+        arranged = [self._arranged.digest] if self._arranged else []
+        made_from = fingerprint(data_fingerprint(self.config), self.seed, self.schedule.world_size, *arranged)
         self._loader = TrainingLoader(dataset, self.schedule, self.config.num_workers, made_from)
         if self._position:
             self._loader.load_state_dict(self._position)

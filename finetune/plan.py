@@ -70,6 +70,7 @@ class Plan:
         total: parameters of the CLIP.
         groups: of the trainable parameters.
         captions: how many the context cuts.
+        meetings: samples that meet a twin in a batch of the first epoch, though they should not.
         features: what becomes of the embeddings of a locked tower; empty: none is locked.
     """
 
@@ -88,6 +89,7 @@ class Plan:
     precision: str
     captions: CaptionLengths
     features: str = ""
+    meetings: int = 0
 
 
 def make_plan(config: FitConfig, module: Any, data: Any, trainer: Any) -> Plan:
@@ -120,6 +122,7 @@ def make_plan(config: FitConfig, module: Any, data: Any, trainer: Any) -> Plan:
         precision=trainer.precision,
         captions=data.caption_lengths(module.clip),
         features=_features(module, data, trainer),
+        meetings=schedule.meetings(0) if config.data.batches == "without_twins" else 0,
     )
 
 
@@ -257,6 +260,10 @@ def _batch(plan: Plan) -> str:
         text += f", {replay:.0%} of them replayed"
     if size := plan.config.model.compute.micro_batch_size:
         text += f", {min(size, plan.batch):,} at once through the towers"
+    if (batches := plan.config.data.batches) != "shuffled":
+        text += f", {batches}"
+    if plan.meetings:
+        text += f" but for {plan.meetings:,}: their groups have more members than an epoch has batches"
     if plan.devices > 1:
         text += f", on each of {plan.devices} devices; contrast over {plan.batch * plan.devices:,}"
     accumulated = plan.config.trainer.accumulate_grad_batches

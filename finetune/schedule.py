@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from finetune.batches import Arrangement, meetings
+
 
 class Draw(NamedTuple):
     """One sample of a batch: its row in the index, and which pass over its split this is."""
@@ -44,6 +46,14 @@ class Passes:
         """Draws an epoch, at least one."""
         return max(1, round(self.num_samples * self.weight))
 
+    def rows(self, epoch: int, *seed: int) -> np.ndarray:
+        """The row of each draw of an epoch."""
+        if self.weight == 1:
+            return np.arange(self.draws)
+        turn, place = np.divmod(epoch * self.draws + np.arange(self.draws), self.num_samples)
+        parts = [permutation(self.num_samples, *seed, int(each))[place[turn == each]] for each in np.unique(turn)]
+        return np.concatenate(parts)
+
     def draw(self, epoch: int, place: int, *seed: int) -> Draw:
         """Draw number `place` of an epoch."""
         if self.weight == 1:
@@ -65,6 +75,7 @@ class Schedule:
         world_size: number of ranks.
         rank: whose slice.
         sources: sizes and weights of the sources that make up num_samples, in the order of the index; none: all once.
+        arrangement: which samples come together; None: it is chance.
     """
 
     num_samples: int
@@ -75,6 +86,7 @@ class Schedule:
     world_size: int = 1
     rank: int = 0
     sources: tuple[Passes, ...] = ()
+    arrangement: Arrangement | None = None
 
     @property
     def replayed(self) -> int:
@@ -108,9 +120,28 @@ class Schedule:
         """The samples of one batch, fresh ones first."""
         size = self._ends[1] if number == len(self) - 1 else self.fresh
         start = self.fresh * self.world_size * number + size * self.rank
-        order = permutation(self.draws, self.seed, epoch)
+        order = _order(self, epoch) if self.arrangement else permutation(self.draws, self.seed, epoch)
         draws = [self._fresh(int(place), epoch) for place in order[start : start + size]]
         return draws + (self._replay(epoch, number) if self.replay else [])
+
+    @property
+    def sizes(self) -> list[int]:
+        """Fresh samples of each batch of an epoch, of all ranks together."""
+        return [*[self.fresh * self.world_size] * (len(self) - 1), self._ends[1] * self.world_size]
+
+    def meetings(self, epoch: int) -> int:
+        """Samples that are in a batch with one that has an equal value of the arrangement."""
+        assert self.arrangement is not None
+        return meetings(self.arrangement.value[self.rows(epoch)[_order(self, epoch)]], self.sizes)
+
+    def rows(self, epoch: int) -> np.ndarray:
+        """The row of each draw of fresh samples of an epoch, before it is shuffled."""
+        if not self.sources:
+            return np.arange(self.num_samples)
+        first = np.cumsum([0, *(source.num_samples for source in self.sources)])
+        return np.concatenate(
+            [first[number] + source.rows(epoch, self.seed, 2, number) for number, source in enumerate(self.sources)]
+        )
 
     def _fresh(self, place: int, epoch: int) -> Draw:
         """Draw number `place` of an epoch before it is shuffled."""
@@ -134,3 +165,11 @@ class Schedule:
             row = permutation(self.num_replay, self.seed, turn, 1)[place_in_turn]
             draws.append(Draw(self.num_samples + int(row), turn))
         return draws
+
+
+@lru_cache(maxsize=2)
+def _order(schedule: Schedule, epoch: int) -> np.ndarray:
+    """The draws of an epoch, shuffled and then arranged."""
+    assert schedule.arrangement is not None
+    order = permutation(schedule.draws, schedule.seed, epoch)
+    return order[schedule.arrangement(schedule.rows(epoch)[order], schedule.sizes, (schedule.seed, epoch, 3))]
