@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,7 @@ class EvaluationCallback(lightning.Callback):
     def _facts(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> dict[str, Any]:
         trained: Any = module  # a CLIPModule
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]  # a CLIPDataModule
+        saved = datamodule.saved
         return {
             "model": trained.clip_config.label,
             "adapter": trained.adapter.kind,
@@ -179,6 +181,7 @@ class EvaluationCallback(lightning.Callback):
             "seconds": round(self.seconds, 1),
             "samples_per_second": round(self.samples / self.seconds, 1) if self.seconds else None,
             "dataset": ", ".join(str(source.path) for source in self.data.trained_on),
+            "features": asdict(saved) | {"spared": self.samples - saved.computed} if saved else None,
         }
 
     # Time and samples of the training steps alone, kept over interruptions.

@@ -332,6 +332,9 @@ class DataConfig:
     """Pairs a step and device; with several devices the contrastive batch is all of theirs together."""
     eval_batch_size: int = 256
     """Pairs encoded at once in evaluation."""
+    batches: Literal["shuffled", "without_twins", "by_length", "hard_negatives"] = "shuffled"
+    """Which samples come together. without_twins: no two with equal captions or of one duplicate group. by_length:
+    captions of like length. hard_negatives: neighbours by the embeddings that `curate build` stored in the dataset."""
     num_workers: int = 4
     """Processes that decode images; 0 decodes in the training process."""
     replay: float = 0.0
@@ -344,6 +347,9 @@ class DataConfig:
     """Of training images. exact: by Pillow, the very pixels of open_clip's transform, in twice the time."""
     max_broken: float = 0.01
     """Share of an epoch's images that may be unreadable: others stand in for them. More of them stop the run."""
+    cache_features: Literal["auto", "off"] = "auto"
+    """auto: the embeddings of a locked tower that sees each sample the same way each time (an image tower: crop_scale
+    [1, 1]; a text tower: one caption a sample) are computed once, and kept beside `out` for later runs too."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 2:

@@ -12,13 +12,14 @@ import itertools
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from PIL import UnidentifiedImageError
@@ -28,8 +29,12 @@ from torch.utils.data import DataLoader, Dataset
 from curate.clip import Clip
 from curate.errors import ConfigError, InputError
 from curate.shards import Facts, MemberReader, SampleIndex, digest, fingerprint, shard_folder, shards_of
+from finetune.adapters import is_locked
+from finetune.batches import Arrangement, caption_sizes, clusters, stored_embeddings, twin_groups
 from finetune.captions import CachedTokenizer, content_hash
-from finetune.config import DataConfig
+from finetune.config import SHARDED, TOWERS, DataConfig
+from finetune.features import UNREAD, Features, Saved, compute, key_of, room_for, why_not
+from finetune.optim import total_steps
 from finetune.packing import Packer, packer_of
 from finetune.pixels import UNREADABLE, EvaluationView, TrainingView
 from finetune.schedule import Draw, Origin, Schedule
@@ -42,13 +47,15 @@ from finetune.sources import (
     split_pairs,
     training_set,
 )
+from finetune.start import evaluating
 from finetune.trimming import Trim, trim_of
 
 logger = logging.getLogger("cliptailor")
 
 Batch = dict[str, Any]
 """pixels (B, 3, H, W), uint8, or float32 if normalised; tokens (B, L) int64; group (B, G) int64, for
-`losses.positives`; row (B,) of the index; packed: the captions in rows (finetune/packing.py), where that is shorter."""
+`losses.positives`; row (B,) of the index; packed: the captions in rows (finetune/packing.py), where that is shorter.
+In place of pixels, or of tokens, image or text (B, D), the embeddings of a locked tower (finetune/features.py)."""
 
 # The stream of random numbers of what stands in for a sample is apart from those of its crop and caption.
 _OF_STAND_INS = 3
@@ -66,9 +73,9 @@ class Broken(NamedTuple):
 
 
 class Read(NamedTuple):
-    """A batch, and the samples that should have been in it."""
+    """A batch, or what one tower sees of it with its ids, and the samples that should have been in it."""
 
-    batch: Batch
+    batch: Any
     broken: list[Broken]
 
 
@@ -90,6 +97,8 @@ class PairDataset(Dataset[Read]):
     """What cuts captions behind their ends."""
     pack: Packer | None = None
     """What puts captions into rows."""
+    cached: Features | None = None
+    """Embeddings of a locked tower, in place of what it would see."""
     reader: MemberReader = field(init=False)
     named: set[int] = field(init=False, default_factory=set)
     """Rows of broken samples that have been told of."""
@@ -110,16 +119,39 @@ class PairDataset(Dataset[Read]):
         """The batch of these samples; an error if nothing readable is found to stand in for one."""
         broken: list[Broken] = []
         try:
-            read, pixels, images = zip(*(self._readable(draw, broken) for draw in draws), strict=True)
+            read, images, shown = self.images(draws, broken)
         except InputError as error:
             return error
-        tokens, said = self._tokenize([self._caption(draw) for draw in read])
+        texts, said = self.texts(read)
         rows = [draw.row for draw in read]
-        group = torch.tensor([*zip(said, map(self._duplicates, rows), images, strict=True)])
+        group = torch.tensor([*zip(said, map(self._duplicates, rows), shown, strict=True)])
+        return Read({**images, **texts, "group": group, "row": torch.tensor(rows)}, broken)
+
+    def images(self, draws: Sequence[Draw], broken: list[Broken]) -> tuple[list[Draw], Batch, list[int]]:
+        """These samples or those that stand in for them, what the CLIP sees of them, and an id of each stored image.
+
+        Args:
+            draws: the samples.
+            broken: gets those that cannot be read.
+
+        Raises:
+            InputError: nothing readable is found to stand in for one.
+        """
+        read, seen, ids = zip(*(self._readable(draw, broken) for draw in draws), strict=True)
+        return list(read), {"image" if self._keeps("image") else "pixels": torch.stack(seen)}, list(ids)
+
+    def texts(self, draws: Sequence[Draw]) -> tuple[Batch, list[int]]:
+        """What is said of samples, and an id of each text, as the text tower reads it."""
+        if self.cached and self._keeps("text"):
+            embeddings, ids = self.cached.read([draw.row for draw in draws])
+            return {"text": embeddings}, ids
+        tokens, said = self._tokenize([self._caption(draw) for draw in draws])
         seen = self.trim(tokens) if self.trim else tokens
-        batch = {"pixels": torch.stack(pixels), "tokens": seen, "group": group, "row": torch.tensor(rows)}
         packed = self.pack(seen) if self.pack else None
-        return Read(batch | {"packed": packed} if packed else batch, broken)
+        return {"tokens": seen} | ({"packed": packed} if packed else {}), said
+
+    def _keeps(self, tower: str) -> bool:
+        return self.cached is not None and self.cached.tower == tower
 
     def _caption(self, draw: Draw) -> str:
         source = self._sources[draw.row].as_py()
@@ -127,11 +159,11 @@ class PairDataset(Dataset[Read]):
         return drawn_caption(self._facts.captions(draw.row), templates, (self.seed, draw.turn, draw.row))
 
     def _readable(self, draw: Draw, broken: list[Broken]) -> tuple[Draw, Tensor, int]:
-        """This sample or one that stands in for it, its pixels and the id of its image; adds what is broken."""
+        """This sample or one that stands in for it, what is seen of it and the id of its image; adds what is broken."""
         stand_ins = (self._stand_in(draw, attempt) for attempt in range(_ATTEMPTS))
         for row in itertools.chain([draw.row], stand_ins):
             stand_in = Draw(row, draw.turn)
-            found = self._pixels(stand_in)
+            found = self._kept(stand_in) if self._keeps("image") else self._pixels(stand_in)
             if not isinstance(found, Broken):
                 return stand_in, *found
             broken.append(found)
@@ -156,6 +188,15 @@ class PairDataset(Dataset[Read]):
             return Broken(draw.row, f"{sample}: the image cannot be decoded ({why})")
         return pixels, len(content) << 32 | zlib.crc32(content)
 
+    def _kept(self, draw: Draw) -> tuple[Tensor, int] | Broken:
+        """Its embedding in place of its pixels."""
+        assert self.cached is not None
+        embedding, (image,) = self.cached.read([draw.row])
+        if image == UNREAD:
+            tar, _, _ = self._facts.place(draw.row)
+            return Broken(draw.row, f"{self.index.tars[tar]}: sample {self._facts.key(draw.row)} could not be decoded")
+        return embedding[0], image
+
     def _duplicates(self, row: int) -> int:
         """An id of the duplicates that a sample belongs to."""
         return content_hash((self._facts.group(row) or f"row {row}").encode())
@@ -164,13 +205,41 @@ class PairDataset(Dataset[Read]):
 # --- loaders ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class _Seen(Dataset[Any]):
+    """What one tower sees of samples, and their ids."""
+
+    dataset: PairDataset
+    tower: str
+
+    @property
+    def named(self) -> set[int]:
+        """As the dataset's."""
+        return self.dataset.named
+
+    def __getitems__(self, draws: Sequence[Draw]) -> Read | InputError:
+        if self.tower == "text":
+            return Read(self.dataset.texts(draws), [])
+        broken: list[Broken] = []
+        try:
+            read, images, ids = self.dataset.images(draws, broken)
+        except InputError as error:
+            return error
+        # What stands in for a sample is drawn anew each time: of one that cannot be read that alone is kept.
+        kept = [image if draw == other else UNREAD for draw, other, image in zip(draws, read, ids, strict=True)]
+        return Read((images, kept), broken)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
 def _same(batch: Any) -> Any:
     return batch
 
 
 def _load(
-    dataset: PairDataset, batches: Iterable[Sequence[Draw]], num_workers: int, most_broken: float = 0
-) -> Iterator[Batch]:
+    dataset: PairDataset | _Seen, batches: Iterable[Sequence[Draw]], num_workers: int, most_broken: float = 0
+) -> Iterator[Any]:
     """Yield each batch, decoded in worker processes.
 
     Raises:
@@ -332,7 +401,7 @@ def data_fingerprint(config: DataConfig) -> str:
     digests: list[Any] = [split_digests(*source) for source in ((config.dataset, "train"), replayed) if source]
     if config.sources or not digests[0]:
         digests[0] = sources_fingerprint(config)
-    return fingerprint(digests)
+    return fingerprint(digests, *([config.batches] if config.batches != "shuffled" else []))
 
 
 class CLIPDataModule(lightning.LightningDataModule):
@@ -341,20 +410,31 @@ class CLIPDataModule(lightning.LightningDataModule):
     Args:
         config: what and how; or give its fields by name: `CLIPDataModule(dataset=Path("dataset"), batch_size=64)`.
         seed: of the order and the augmentation.
+        features: folder where embeddings of locked towers are kept; None: they are not.
         anew: where a checkpoint was made over other samples, begin its epoch again with these; without it that is an
             error.
         **fields: of DataConfig.
     """
 
-    def __init__(self, config: DataConfig | None = None, *, seed: int = 0, anew: bool = False, **fields: Any) -> None:
+    def __init__(
+        self,
+        config: DataConfig | None = None,
+        *,
+        seed: int = 0,
+        features: Path | None = None,
+        anew: bool = False,
+        **fields: Any,
+    ) -> None:
         super().__init__()
         if "dataset" in fields:
             fields["dataset"] = Path(fields["dataset"])
         self.config = config or DataConfig(**fields)
-        self.seed, self.anew = seed, anew
+        self.seed, self.features_folder, self.anew = seed, features, anew
+        self.saved: Saved | None = None
         self._loader: TrainingLoader | None = None
         self._position: dict[str, Any] | None = None
         self._lengths: CaptionLengths | None = None
+        self._arranged: Arrangement | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Read the indices.
@@ -386,7 +466,40 @@ class CLIPDataModule(lightning.LightningDataModule):
             world_size=world_size,
             rank=rank,
             sources=self._training.passes,
+            arrangement=self._arrangement(),
         )
+
+    def _arrangement(self) -> Arrangement | None:
+        """Which samples come together; the same for all ranks."""
+        kind, table = self.config.batches, self.train_index.table
+        if kind != "shuffled" and self._arranged is None:
+            if pa.types.is_null(table["captions"].type):
+                raise ConfigError(
+                    f"data.batches: {kind} looks at all samples before the first batch, and of {table.num_rows:,} the "
+                    "captions and keys stay in the tars; set it to shuffled, or train on a part of them"
+                )
+            if kind == "without_twins":
+                value_N = twin_groups(table)
+            elif kind == "by_length":
+                value_N = caption_sizes(table)
+            else:
+                value_N = self._clusters()
+            self._arranged = Arrangement(kind, value_N)
+        return self._arranged
+
+    def _clusters(self) -> np.ndarray:
+        sources, table = self.config.trained_on, self.train_index.table
+        found = [
+            stored_embeddings(
+                source.path,
+                self.config.source_key(number),
+                table.filter(pc.equal(table["source"], number))["key"].to_pylist(),
+            )
+            for number, source in enumerate(sources)
+        ]
+        value_N = clusters(np.concatenate(found), self.config.batch_size, self.seed)
+        # Sums may come out otherwise on another machine; the ranks must agree.
+        return self.trainer.strategy.broadcast(value_N) if self.trainer else value_N
 
     def caption_lengths(self, clip: Clip) -> CaptionLengths:
         """How many captions this CLIP's context cuts, over a seeded sample of a large set; after `setup`."""
@@ -412,20 +525,14 @@ class CLIPDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> TrainingLoader:
         """The stateful loader of the train split, with replay."""
-        index = concatenate(self.train_index, self.replay_index) if self.replay_index else self.train_index
-        augmented = self.config.crop_scale != (1.0, 1.0)
         clip = self._clip()
         # The plan of `finetune fit` has counted them, and told.
         if self._lengths is None and self.schedule.rank == 0 and self.caption_lengths(clip).too_long:
             logger.warning("data    %s and are cut", self._lengths)
-        view = (
-            TrainingView(clip.preprocess_cfg, self.config.crop_scale, fast=self.config.decode == "fast")
-            if augmented
-            else EvaluationView(clip.preprocess)
-        )
-        dataset = PairDataset(
-            index, view, clip.tokenizer, self.seed, self._training.templates, self._trim(), self._packer()
-        )
+        dataset = self._train_dataset(clip)
+        features = self.features(self.trainer.lightning_module, self.trainer) if self.trainer else None
+        if features:
+            dataset = replace(dataset, cached=self._filled(features, dataset))
         self._loader = TrainingLoader(
             dataset,
             self.schedule,
@@ -440,7 +547,83 @@ class CLIPDataModule(lightning.LightningDataModule):
 
     @cached_property
     def _made_from(self) -> str:
-        return fingerprint(data_fingerprint(self.config), self.seed)
+        arranged = self._arrangement()
+        return fingerprint(data_fingerprint(self.config), self.seed, *([arranged.digest] if arranged else []))
+
+    def _train_dataset(self, clip: Clip) -> PairDataset:
+        augmented = self.config.crop_scale != (1.0, 1.0)
+        view = (
+            TrainingView(clip.preprocess_cfg, self.config.crop_scale, fast=self.config.decode == "fast")
+            if augmented
+            else EvaluationView(clip.preprocess)
+        )
+        templates = self._training.templates
+        return PairDataset(
+            self._whole_index(), view, clip.tokenizer, self.seed, templates, self._trim(), self._packer()
+        )
+
+    def _whole_index(self) -> SampleIndex:
+        """What is trained on, then what is replayed."""
+        return concatenate(self.train_index, self.replay_index) if self.replay_index else self.train_index
+
+    # --- embeddings of locked towers ---
+
+    def locked_tower(self, module: Any, trainer: lightning.Trainer) -> tuple[str, str | None] | None:
+        """The tower of a CLIPModule that is locked, and why its embeddings are not kept; None: no tower is."""
+        tower = next((tower for tower in TOWERS if is_locked(module.model, tower)), None)
+        if tower is None:
+            return None
+        index = self._whole_index()
+        if self.config.cache_features == "off":
+            return tower, "data.cache_features is off"
+        if self.features_folder is None:
+            return tower, "there is no folder for them"
+        if module.is_sharded:
+            return tower, f"trainer.strategy {SHARDED}"
+        batches = total_steps(trainer.max_steps, trainer.max_epochs, len(self.schedule) or 1)
+        if batches * self.config.batch_size * trainer.accumulate_grad_batches < len(index):
+            return tower, "the run ends before it has seen them all"
+        return tower, why_not(self.config, tower, index, self._training.templates)
+
+    def features(self, module: Any, trainer: lightning.Trainer) -> Features | None:
+        """Where the embeddings of a locked tower are, or will be, kept; None: nowhere. After `setup`."""
+        tower, reason = self.locked_tower(module, trainer) or (None, None)
+        if tower is None or reason or self.features_folder is None:
+            return None
+        index, clip = self._whole_index(), module.clip
+        how = (clip.preprocess_cfg, clip.name, trainer.precision, trainer.strategy.root_device.type)
+        folder = self.features_folder / key_of(tower, module.model, index, *how)
+        features = Features(folder, tower, len(index), module.width)
+        if features.missing and not room_for(features):
+            logger.warning(
+                "data    the embeddings of the %s tower are not kept: their %d MB are more than half of what is free "
+                "at %s",
+                *(tower, features.bytes // 10**6, self.features_folder),
+            )
+            return None
+        return features
+
+    def _filled(self, features: Features, dataset: PairDataset) -> Features:
+        """The same with all embeddings there; each process computes its share of those that are missing."""
+        trainer: Any = self.trainer
+        module = trainer.lightning_module
+        if features.missing and self.schedule.rank == 0:
+            logger.info(
+                "data    computing the embeddings of the %s tower once, into %s", features.tower, features.folder
+            )
+
+        def batches(rows: range) -> Iterator[tuple[Tensor, Sequence[int]]]:
+            size = self.config.eval_batch_size
+            draws = [[Draw(row, 0) for row in rows[start : start + size]] for start in range(0, len(rows), size)]
+            seen = _Seen(dataset, features.tower)
+            with torch.no_grad(), evaluating(module), trainer.precision_plugin.forward_context():
+                for batch, ids in _load(seen, draws, self.config.num_workers, self.config.max_broken * len(dataset)):
+                    yield module.embed_locked(features.tower, batch), ids
+
+        world_size, rank = self._world()
+        self.saved = compute(features, batches, rank=rank, world_size=world_size)
+        trainer.strategy.barrier("features")
+        return features
 
     # Lightning restores the loader's own state in most cases, but not from a checkpoint taken at the end of an epoch.
 

@@ -85,6 +85,7 @@ FIXED = (
     "model.optimizer.image_lr",
     "model.optimizer.text_lr",
 )
+FEATURES = ".features"  # beside `out`: embeddings of locked towers, for other runs too
 OURS = (
     "config.yaml",
     "inputs.json",
@@ -394,7 +395,8 @@ def _prepare(config: FitConfig, *, anew: bool = False) -> tuple[CLIPModule, CLIP
     model = config.model
     kind = ShardedCLIPModule if config.trainer.strategy == SHARDED else CLIPModule
     module = kind(model.clip, model.adapter, model.loss, model.optimizer, model.compute)
-    data = CLIPDataModule(config.data, seed=config.seed_everything, anew=anew)
+    features = config.out.parent / FEATURES
+    data = CLIPDataModule(config.data, seed=config.seed_everything, features=features, anew=anew)
     return module, data, _trainer(config, anew=anew)
 
 

@@ -21,8 +21,10 @@ from typing import Any, TypeVar
 
 import lightning
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn import functional
 
@@ -175,33 +177,46 @@ class CLIPModule(lightning.LightningModule):
     def _gradient(self, tower: str) -> AbstractContextManager[None]:
         return torch.set_grad_enabled(torch.is_grad_enabled() and not is_locked(self.model, tower))
 
-    def forward(self, pixels: Tensor, tokens: Tensor | list[Packed]) -> tuple[Tensor, Tensor]:
-        """Embeddings of images and of captions."""
-        return self.encode_image(pixels), self.encode_text(tokens)
+    def forward(
+        self, pixels: Tensor | None, tokens: Tensor | list[Packed] | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Embeddings of images and of captions; None of what is not given."""
+        image = None if pixels is None else self.encode_image(pixels)
+        return image, None if tokens is None else self.encode_text(tokens)
 
     # --- training ---
 
-    def _packed(self, batch: Batch) -> Tensor | list[Packed]:
+    def _packed(self, batch: Batch) -> Tensor | list[Packed] | None:
         """The captions of a batch in rows: as its maker packed them, or packed here while they are on the CPU."""
-        tokens: Tensor = batch["tokens"]
+        tokens: Tensor | None = batch.get("tokens")
         packed: list[Packed] | None = batch.get("packed")
-        if packed is None and tokens.device.type == "cpu":
+        if packed is None and tokens is not None and tokens.device.type == "cpu":
             packer = packer_of(self.model, self.compute.micro_batch_size)
             packed = packer(tokens) if packer else None
         return tokens if packed is None else packed
 
     def embed(self, batch: Batch) -> Pair:
         """Embeddings of a batch (finetune/data.py), with gradient."""
-        image, text = self(batch["pixels"], self._packed(batch))
-        return image, text
+        return _whole(self(batch.get("pixels"), self._packed(batch)), batch)
 
     @torch.no_grad()
     def embed_start(self, batch: Batch) -> Pair:
         """Embeddings that the starting CLIP makes of the same batch, without dropout of any kind."""
         assert self.start is not None
+        given = (batch.get("pixels"), self._packed(batch))
         with evaluating(self):
-            image, text = functional_call(self, self.start.named("model."), (batch["pixels"], self._packed(batch)))
-        return image, text
+            return _whole(functional_call(self, self.start.named("model."), given), batch)
+
+    def embed_locked(self, tower: str, seen: Batch) -> Tensor:
+        """Embeddings that a locked tower makes of pixels, or of tokens, on any device."""
+        seen = move_data_to_device(seen, self.device)
+        return self.encode_image(seen["pixels"]) if tower == "image" else self.encode_text(self._packed(seen))
+
+    @property
+    def width(self) -> int:
+        """Of embeddings."""
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            return int(encode_text(self.model, self.clip.tokenizer([""])).shape[-1])
 
     def losses(
         self, embeddings: Pair, group: Tensor | None, *, start: Pair | None = None, gather: bool = True
@@ -272,7 +287,7 @@ class CLIPModule(lightning.LightningModule):
         if self.start is not None and self.loss.l2_start:
             parts["l2_start"] = self.loss.l2_start / 2 * self._squared_distance_to(self.start)
         loss = torch.stack([*parts.values()]).sum()
-        size = len(batch["pixels"])
+        size = len(embeddings[0])
         self.log("train/loss", loss, prog_bar=True, batch_size=size, sync_dist=True)
         if len(parts) > 1:
             shown = {f"train/{name}": part.detach() for name, part in parts.items()}
@@ -290,8 +305,8 @@ class CLIPModule(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log val/loss: the contrast alone, its mean over batches, which depends on their size."""
         del batch_idx
-        size = len(batch["pixels"])
-        self.log("val/loss", self.batch_loss(batch, gather=False), prog_bar=True, batch_size=size, sync_dist=True)
+        loss = self.batch_loss(batch, gather=False)
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["group"]), sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, with warm-up and cosine over the steps of this run."""
@@ -325,6 +340,12 @@ class CLIPModule(lightning.LightningModule):
         super().optimizer_step(*args, **kwargs)
         if not self.is_sigmoid:
             clamp_logit_scale(self.model)
+
+
+def _whole(computed: tuple[Tensor | None, Tensor | None], batch: Batch) -> Pair:
+    """Both embeddings: what a locked tower makes may be in the batch already."""
+    image, text = computed
+    return (batch["image"] if image is None else image), (batch["text"] if text is None else text)
 
 
 def _normalised(features: Tensor) -> Tensor:

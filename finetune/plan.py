@@ -70,6 +70,8 @@ class Plan:
         total: parameters of the CLIP.
         groups: of the trainable parameters.
         captions: how many the context cuts.
+        meetings: samples that meet a twin in a batch of the first epoch, though they should not.
+        features: what becomes of the embeddings of a locked tower; empty: none is locked.
     """
 
     config: FitConfig
@@ -86,6 +88,8 @@ class Plan:
     device: str
     precision: str
     captions: CaptionLengths
+    features: str = ""
+    meetings: int = 0
 
 
 def make_plan(config: FitConfig, module: Any, data: Any, trainer: Any) -> Plan:
@@ -117,7 +121,21 @@ def make_plan(config: FitConfig, module: Any, data: Any, trainer: Any) -> Plan:
         device=_device(trainer),
         precision=trainer.precision,
         captions=data.caption_lengths(module.clip),
+        features=_features(module, data, trainer),
+        meetings=schedule.meetings(0) if config.data.batches == "without_twins" else 0,
     )
+
+
+def _features(module: Any, data: Any, trainer: Any) -> str:
+    tower, reason = data.locked_tower(module, trainer) or ("", None)
+    if not tower:
+        return ""
+    found = None if reason else data.features(module, trainer)
+    if found is None:
+        return f"{tower} tower, computed in each step: {reason or 'the disk has no room for its embeddings'}"
+    missing = sum(map(len, found.missing))
+    how = f"{missing:,} of them computed once, before the first step" if missing else "all there already"
+    return f"{tower} tower, {found.num_rows:,} embeddings kept in {found.folder} ({size(found.bytes)}): {how}"
 
 
 def _pairs(data: Any) -> dict[str, int]:
@@ -216,6 +234,8 @@ def rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "data", f"{trained_on}: " + ", ".join(counts) + f" · recipe for this size: {recipe(plan)}"
     if plan.captions.too_long:
         yield "texts", f"{plan.captions} and are cut"
+    if plan.features:
+        yield "locked", plan.features
     yield "batch", _batch(plan)
     yield "steps", _steps(plan)
     share = f"{plan.trainable / plan.total:.2%}" if plan.trainable < plan.total else "all"
@@ -240,6 +260,10 @@ def _batch(plan: Plan) -> str:
         text += f", {replay:.0%} of them replayed"
     if size := plan.config.model.compute.micro_batch_size:
         text += f", {min(size, plan.batch):,} at once through the towers"
+    if (batches := plan.config.data.batches) != "shuffled":
+        text += f", {batches}"
+    if plan.meetings:
+        text += f" but for {plan.meetings:,}: their groups have more members than an epoch has batches"
     if plan.devices > 1:
         text += f", on each of {plan.devices} devices; contrast over {plan.batch * plan.devices:,}"
     accumulated = plan.config.trainer.accumulate_grad_batches

@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from curate.errors import ConfigError
+from finetune.batches import Arrangement, meetings
+
 
 class Draw(NamedTuple):
     """One sample of a batch: its row in the index, and which pass over its split this is."""
@@ -97,6 +100,14 @@ class Passes:
         """Draws an epoch, at least one."""
         return max(1, round(self.num_samples * self.weight))
 
+    def rows(self, epoch: int, *seed: int) -> np.ndarray:
+        """The row of each draw of an epoch."""
+        if self.weight == 1:
+            return np.arange(self.draws)
+        turn, place = np.divmod(epoch * self.draws + np.arange(self.draws), self.num_samples)
+        parts = [shuffled(place[turn == each], self.num_samples, *seed, int(each)) for each in np.unique(turn)]
+        return np.concatenate(parts)
+
     def draw(self, epoch: int, place: int, *seed: int) -> Draw:
         """Draw number `place` of an epoch."""
         if self.weight == 1:
@@ -137,6 +148,7 @@ class Schedule:
         world_size: number of ranks.
         rank: whose slice.
         sources: sizes and weights of the sources that make up num_samples, in the order of the index; none: all once.
+        arrangement: which samples come together; None: it is chance.
         since: where batches of this size begin.
     """
 
@@ -148,6 +160,7 @@ class Schedule:
     world_size: int = 1
     rank: int = 0
     sources: tuple[Passes, ...] = ()
+    arrangement: Arrangement | None = None
     since: Origin = BEGINNING
 
     @property
@@ -204,7 +217,8 @@ class Schedule:
         """The samples of one batch, fresh ones first."""
         size = self._ends(epoch)[1] if number == self.batches(epoch) - 1 else self.fresh
         start = self._seen(epoch, number) + size * self.rank
-        order = shuffled(np.arange(start, start + size), self.draws, self.seed, epoch)
+        places = np.arange(start, start + size)
+        order = _arranged(self, epoch)[places] if self.arrangement else shuffled(places, self.draws, self.seed, epoch)
         draws = [self._fresh(int(place), epoch) for place in order]
         return draws + (self._replay(epoch, number) if self.replay else [])
 
@@ -218,6 +232,25 @@ class Schedule:
         # A rest too small for a contrast is not left over: it begins a few samples earlier.
         seen = min(self._seen(epoch, number), self.draws - 2 * self.world_size)
         return Origin(epoch, number, max(0, seen) if number else 0, self._replayed(epoch, number))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Fresh samples of each batch of an epoch, of all ranks together."""
+        return [*[self.fresh * self.world_size] * (len(self) - 1), self._whole[1] * self.world_size]
+
+    def meetings(self, epoch: int) -> int:
+        """Samples that are in a batch with one that has an equal value of the arrangement."""
+        assert self.arrangement is not None
+        return meetings(self.arrangement.value[self.rows(epoch)[_arranged(self, epoch)]], self.sizes)
+
+    def rows(self, epoch: int) -> np.ndarray:
+        """The row of each draw of fresh samples of an epoch, before it is shuffled."""
+        if not self.sources:
+            return np.arange(self.num_samples)
+        first = np.cumsum([0, *(source.num_samples for source in self.sources)])
+        return np.concatenate(
+            [first[number] + source.rows(epoch, self.seed, 2, number) for number, source in enumerate(self.sources)]
+        )
 
     def _fresh(self, place: int, epoch: int) -> Draw:
         """Draw number `place` of an epoch before it is shuffled."""
@@ -272,6 +305,24 @@ class Schedule:
             manner: of the other, which may differ.
             epoch: where it stood.
             number: of the batch that would have come next.
+
+        Raises:
+            ConfigError: the manner differs, and what comes together hangs on it.
         """
-        other = replace(self, since=since, rank=0, **manner)
-        return replace(self, since=since if manner == self.manner else other.origin(epoch, number))
+        if manner == self.manner:
+            return replace(self, since=since)
+        if self.arrangement:
+            was = ", ".join(f"{name} {value}" for name, value in manner.items())
+            raise ConfigError(
+                f"data.batches: {self.arrangement.kind}: which samples come together hangs on the size of batches, so "
+                f"it goes on as it was only ({was}); or shuffled"
+            )
+        return replace(self, since=replace(self, since=since, rank=0, **manner).origin(epoch, number))
+
+
+@lru_cache(maxsize=2)
+def _arranged(schedule: Schedule, epoch: int) -> np.ndarray:
+    """The draws of an epoch, shuffled and then arranged."""
+    assert schedule.arrangement is not None
+    order = shuffled(np.arange(schedule.draws), schedule.draws, schedule.seed, epoch)
+    return order[schedule.arrangement(schedule.rows(epoch)[order], schedule.sizes, (schedule.seed, epoch, 3))]

@@ -40,6 +40,10 @@ FACTS: dict[str, Callable[[Any], str]] = {
     "steps": count,
     "seconds": duration,
     "samples_per_second": count,
+    "features": lambda found: (
+        f"{found['tower']}: {found['embeddings']:,} embeddings, {found['computed']:,} of them computed in this run "
+        f"({found['seconds']:g} s), read {found['spared']:,} times instead of decoding and encoding again"
+    ),
 }
 TASKS = {
     "val": "Validation split: unseen pairs of the domain",
