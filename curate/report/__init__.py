@@ -85,6 +85,7 @@ def run(
         chosen = choose(tables, figures, filters, min(config.thumbnails, MOST_THUMBNAILS))
         galleries = with_pictures(tables, chosen, _test_sets(filters))
         rows = embedded_rows(tables, figures, _pictures(galleries), seed)
+        tables.thumbnails.save()
         figures["sql"] = {"views": tables.views, "figures": tables.sql}
     facts = manifest(out, plain, seed)
     page = _page(figures, galleries, rows, facts)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from curate.config import SelectConfig
 from curate.database import SPILL, column_types, connect, create_in_parts, enough_memory, files, parts, quoted
 from curate.errors import InputError
+from curate.report.thumbnails import Thumbnails
 from curate.signals import EMBEDDINGS, GROUPS, files_of, groups_there
 
 if TYPE_CHECKING:
@@ -45,9 +46,11 @@ class Tables:
         views: name → the statement that makes it from the dataset's folder.
         embedded: the files with image embeddings.
         own: the columns of the user's own signals that are numbers.
+        thumbnails: small pictures, of this report and the last one.
     """
 
     db: duckdb.DuckDBPyConnection
+    thumbnails: Thumbnails
     sql: dict[str, str] = field(default_factory=dict)
     views: dict[str, str] = field(default_factory=dict)
     embedded: list[Path] = field(default_factory=list)
@@ -95,7 +98,7 @@ def open_tables(out: Path, engine: SelectConfig, wanted: Sequence[str], seed: in
         enough_memory(engine.memory_limit),
         connect(engine.memory_limit, engine.threads, out / SPILL, [ledger, *folders]) as db,
     ):
-        tables = Tables(db)
+        tables = Tables(db, Thumbnails(out))
         db.execute(f"CREATE VIEW ledger AS FROM read_parquet({files([ledger])})")
         tables.views["ledger"] = "CREATE VIEW ledger AS FROM read_parquet('ledger.parquet')"
         for name, some in sources.items():
