@@ -22,7 +22,7 @@ TOP_LANGUAGES = 20
 TOP_WORDS = 40
 LONGEST_CAPTION = 300
 # Captions whose words are counted: of a longer list, every second row, or third, …
-WORDS_OF = 1_000_000
+WORDS_OF = 250_000
 REFUSALS = ("robots_disallow", "robots_unreachable", "opt_out", "throttled", "blocked_address")
 
 
