@@ -1,13 +1,15 @@
 """How well the domain recipe tells good pairs from junk, on a crawl of which each row's kind is known.
 
-    python benchmarks/quality.py             2,000 rows; a few minutes on two cores, most of them training a small CLIP
-    python benchmarks/quality.py --quick     half of it
-    python benchmarks/quality.py --work DIR  keep everything in DIR; a second run reuses the CLIP
+    python benchmarks/quality.py               three crawls of 1,940 rows each; about six minutes on two cores
+    python benchmarks/quality.py --quick       one crawl of half the rows
+    python benchmarks/quality.py --seeds 7 8   these crawls
+    python benchmarks/quality.py --work DIR    keep everything in DIR; a second run reuses the CLIP
 
 The commands are the user's own, against a web server on loopback: `curate build` of the general pairs, `finetune fit`
-of a CLIP on them, `curate build` of the crawl with configs/curate/domain.yaml. The two thresholds of the recipe come
-from trusted pairs, the example images and their captions, and not from the crawl. The labels are written when the
-pipeline has ended. Then one threshold is changed and the crawl built again. The last line is one JSON object.
+of a CLIP on them, once; then, of each seed, `curate build` of a crawl with configs/curate/domain.yaml. A seed decides
+all that is drawn but the CLIP: the crawl, its test set, and the trusted pairs, the example images and their captions,
+which the recipe's two thresholds come from. The labels are written when the pipeline has ended. Of the first crawl,
+one threshold is changed and it is built again. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import resource
 import subprocess
 import tempfile
 import time
@@ -42,6 +45,8 @@ RECIPE = REPOSITORY / "configs" / "curate" / "domain.yaml"
 LOST = 0.03
 DRAWINGS, EPOCHS, BATCH = 64, 16, 96
 EXAMPLES = 20  # of each concept
+SEEDS = (1, 2, 3)
+APART = 1_000  # between what two seeds draw from
 
 
 @dataclass(frozen=True)
@@ -67,16 +72,21 @@ class Setting:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="half the rows")
+    parser.add_argument("--quick", action="store_true", help="half the rows, and the first seed alone")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the crawls")
     parser.add_argument("--work", type=Path, help="folder to keep everything in")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         setting = Setting(given.work or Path(temporary), scale=0.5 if given.quick else 1.0)
         train_clip(setting)
-        print(f"a CLIP from scratch: {(setting.work / 'clip_seconds').read_text()} s")
-        run = run_mix(setting)
-    print_table(run)
-    print(json.dumps(figures(run)))
+        print(f"a CLIP from scratch: {(setting.work / 'clip_seconds').read_text()} s", flush=True)
+        runs = {}
+        for seed in given.seeds[:1] if given.quick else given.seeds:
+            runs[seed] = run_mix(setting, seed, again=not runs)
+            print_table(seed, runs[seed])
+    if len(runs) > 1:
+        print_summary(runs)
+    print(json.dumps(figures(runs)))
 
 
 # --- the CLIP --------------------------------------------------------------------------------------------------------
@@ -148,46 +158,48 @@ class Build:
 
     ledger: list[dict[str, Any]]
     seconds: float
+    cpu_seconds: float
+    """Of all its processes."""
     requests: int
     """Of images."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """The mix, the build of it, and the second build, with one threshold changed."""
+    """The mix, the build of it, and the second build, with one threshold changed, if it was made."""
 
     mix: Mix
     first: Build
-    second: Build
-    folder: Path
+    second: Build | None
     recipe: dict[str, Any]
 
 
-def run_mix(setting: Setting) -> Run:
-    """Serve the mix, build it, change one threshold, build again; then write the labels."""
-    work = setting.work
-    mix = make_mix(setting.scale, food=setting.food, other=setting.other)
-    trusted = pairs(setting.food, EXAMPLES * len(setting.food), seed=200)
+def run_mix(setting: Setting, seed: int, *, again: bool) -> Run:
+    """Serve the mix of a seed and build it, and `again` with one threshold changed; then write the labels."""
+    work = setting.work / f"crawl-{seed}"
+    mix = make_mix(setting.scale, APART * seed, setting.food, setting.other)
+    trusted = pairs(setting.food, EXAMPLES * len(setting.food), APART * seed + 200)
     write_pairs(work / "examples", trusted)
     (work / "test").mkdir(exist_ok=True)
     for name, body in mix.test.items():
         (work / "test" / name).write_bytes(body)
-    on_topic, aligned = thresholds(work / "clip", trusted)
-    recipe = domain_recipe(work, on_topic, aligned)
+    clip = setting.work / "clip"
+    on_topic, aligned = thresholds(clip, trusted)
+    recipe = domain_recipe(work, clip, on_topic, aligned)
     with serving(mix.bodies, []) as web:
         write_list(work / "list.parquet", mix, web)
         first = build(work, recipe, web)
-        stricter = domain_recipe(work, on_topic, round(aligned + 0.02, 3))
-        second = build(work, stricter, web)
+        stricter = domain_recipe(work, clip, on_topic, round(aligned + 0.02, 3))
+        second = build(work, stricter, web) if again else None
     labels = {name: [getattr(row, name) for row in mix.rows] for name in ("path", "kind", "picture")}
     pq.write_table(pa.table(labels), work / "labels.parquet")
-    return Run(mix, first, second, work / "food", recipe)
+    return Run(mix, first, second, recipe)
 
 
-def domain_recipe(work: Path, on_topic: float, aligned: float) -> dict[str, Any]:
+def domain_recipe(work: Path, clip: Path, on_topic: float, aligned: float) -> dict[str, Any]:
     """configs/curate/domain.yaml with what is the user's own put in: CLIP, paths, the two thresholds."""
     recipe = yaml.safe_load(RECIPE.read_text())
-    recipe["measure"]["clip"] = {"name": f"local-dir:{work / 'clip'}"}
+    recipe["measure"]["clip"] = {"name": f"local-dir:{clip}"}
     steps = {step["name"]: step for step in recipe["filters"]}
     steps["leak"]["decontaminate"]["against"] = str(work / "test")
     steps["on_topic"]["relevance"] = {"images": str(work / "examples"), "threshold": on_topic}
@@ -203,13 +215,19 @@ def write_list(path: Path, mix: Mix, web: Web) -> None:
 
 def build(work: Path, recipe: dict[str, Any], web: Web) -> Build:
     """`curate build` of the list, and its ledger in the list's order."""
-    asked, started = web.hits()["img"], time.monotonic()
+    asked, started, spent = web.hits()["img"], time.monotonic(), children_cpu()
     allow = f'--fetch.allow_addresses=["127.0.0.0/8:{web.port}"]'
     curate(work, "food", recipe, work / "list.parquet", allow, "--fetch.per_host_rate", "0")
-    seconds = time.monotonic() - started
+    seconds, cpu_seconds = time.monotonic() - started, children_cpu() - spent
     columns = ["row", "kept", "split", "stage", "step", "reason", "value"]
     ledger = pq.read_table(work / "food" / "ledger.parquet", columns=columns).sort_by("row").to_pylist()
-    return Build(ledger, seconds, web.hits()["img"] - asked)
+    return Build(ledger, seconds, cpu_seconds, web.hits()["img"] - asked)
+
+
+def children_cpu() -> float:
+    """CPU seconds of the processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def curate(work: Path, name: str, recipe: dict[str, Any], urls: Path, *options: str) -> None:
@@ -254,25 +272,63 @@ def truths(mix: Mix, kept: list[bool]) -> list[str]:
     return kinds
 
 
-def figures(run: Run) -> dict[str, Any]:
-    """Precision, the least recall, the recall of each kind, and what the second build took."""
-    kept = kept_rows(run.first)
-    kinds = truths(run.mix, kept)
-    recalls = {
-        kind: _share(stayed == (kind == "clean") for stayed, found in zip(kept, kinds, strict=True) if found == kind)
-        for kind in dict.fromkeys(sorted(kinds))
-    }
-    return {
-        "precision": _share(kind == "clean" for stayed, kind in zip(kept, kinds, strict=True) if stayed),
+def figures(runs: dict[int, Run]) -> dict[str, Any]:
+    """Precision, the least recall of a kind and that of each, over all crawls; the worst crawl; the two builds."""
+    told = {seed: Told.of(run) for seed, run in runs.items()}
+    everything = Told.together(told.values())
+    recalls, first = everything.recalls(), next(iter(runs.values()))
+    found = {
+        "precision": everything.precision(),
         "recall": min(recalls.values()),
         **{f"recall_{kind.replace(', ', '_').replace(' ', '_').replace('-', '_')}": recalls[kind] for kind in recalls},
-        "rows": len(kinds),
-        "kept": sum(kept),
-        "seconds_first": round(run.first.seconds, 1),
-        "seconds_second": round(run.second.seconds, 1),
-        "requests_first": run.first.requests,
-        "requests_second": run.second.requests,
+        "precision_worst_crawl": min(one.precision() for one in told.values()),
+        "recall_worst_crawl": min(min(one.recalls().values()) for one in told.values()),
+        "seeds": list(runs),
+        "rows": len(everything.kinds),
+        "kept": sum(everything.kept),
+        "seconds_first": round(first.first.seconds, 1),
+        "cpu_seconds_first": round(first.first.cpu_seconds, 1),
+        "requests_first": first.first.requests,
     }
+    if first.second:
+        found |= {
+            "seconds_second": round(first.second.seconds, 1),
+            "cpu_seconds_second": round(first.second.cpu_seconds, 1),
+            "requests_second": first.second.requests,
+        }
+    return found
+
+
+@dataclass(frozen=True)
+class Told:
+    """Of each row its kind, as `truths` gives it, and whether it was kept to train on."""
+
+    kinds: list[str]
+    kept: list[bool]
+
+    @classmethod
+    def of(cls, run: Run) -> Told:
+        """What the first build told of its crawl."""
+        kept = kept_rows(run.first)
+        return cls(truths(run.mix, kept), kept)
+
+    @classmethod
+    def together(cls, several: Iterable[Told]) -> Told:
+        """All rows of several crawls."""
+        parts = list(several)
+        return cls([kind for one in parts for kind in one.kinds], [kept for one in parts for kept in one.kept])
+
+    def precision(self) -> float:
+        """The share of what was kept that is clean."""
+        return _share(kind == "clean" for kind, kept in zip(self.kinds, self.kept, strict=True) if kept)
+
+    def recalls(self) -> dict[str, float]:
+        """By kind: the share that was told right: of clean what was kept, of all else what was not."""
+        by_kind = {kind: [0, 0] for kind in sorted(set(self.kinds))}
+        for kind, kept in zip(self.kinds, self.kept, strict=True):
+            by_kind[kind][0] += kept == (kind == "clean")
+            by_kind[kind][1] += 1
+        return {kind: round(right / rows, 4) for kind, (right, rows) in by_kind.items()}
 
 
 def kept_rows(build: Build) -> list[bool]:
@@ -280,24 +336,47 @@ def kept_rows(build: Build) -> list[bool]:
     return [bool(line["kept"]) and line["split"] != "retain" for line in build.ledger]
 
 
-def print_table(run: Run) -> None:
+def print_table(seed: int, run: Run) -> None:
     """Each kind, how many rows of it were told right, and by which step."""
-    kept = kept_rows(run.first)
-    kinds = truths(run.mix, kept)
-    print(f"on_topic, aligned: {[step for step in run.recipe['filters'] if step['name'] in ('on_topic', 'aligned')]}\n")
-    print("| kind | rows | kept | recall | by |\n|---|---|---|---|---|")
-    for kind in dict.fromkeys(row.kind for row in sorted(run.mix.rows, key=lambda row: row.kind)):
-        places = [place for place, found in enumerate(kinds) if found == kind]
-        stayed = sum(kept[place] for place in places)
-        right = stayed if kind == "clean" else len(places) - stayed
-        fates = Counter(_fate(run.first.ledger[place]) for place in places if not kept[place])
+    told = Told.of(run)
+    steps = {step["name"]: step for step in run.recipe["filters"]}
+    cuts = f"on_topic at {steps['on_topic']['relevance']['threshold']}, aligned: {steps['aligned']['where']}"
+    print(f"\nseed {seed}, {cuts}\n\n| kind | rows | kept | recall | by |\n|---|---|---|---|---|")
+    for kind, recall in told.recalls().items():
+        places = [place for place, found in enumerate(told.kinds) if found == kind]
+        fates = Counter(_fate(run.first.ledger[place]) for place in places if not told.kept[place])
         by = ", ".join(f"{name} {count}" for name, count in fates.most_common())
-        print(f"| {kind} | {len(places)} | {stayed} | {right / len(places):.3f} | {by} |")
+        print(f"| {kind} | {len(places)} | {sum(told.kept[place] for place in places)} | {recall:.3f} | {by} |")
     first, second = run.first, run.second
-    print(
-        f"\nfirst build {first.seconds:.1f} s, {first.requests:,} requests; one threshold changed: "
-        f"{second.seconds:.1f} s, {second.requests:,} requests, {sum(kept_rows(second)):,} kept\n"
-    )
+    print(f"\nprecision {told.precision():.3f}; build {first.seconds:.1f} s, {first.requests:,} requests", end="")
+    if second:
+        again = f"{second.seconds:.1f} s ({second.cpu_seconds:.1f} of CPU), {second.requests:,} requests"
+        print(f"; one threshold changed: {again}, {sum(kept_rows(second)):,} kept", end="")
+    print(flush=True)
+
+
+def print_summary(runs: dict[int, Run]) -> None:
+    """Each kind over all crawls, and in the crawl where it went worst."""
+    told = [Told.of(run) for run in runs.values()]
+    everything = Told.together(told)
+    print(f"\n{len(runs)} crawls\n\n| kind | rows | recall | 95 % interval | worst crawl |\n|---|---|---|---|---|")
+    for kind, recall in everything.recalls().items():
+        worst = min(one.recalls()[kind] for one in told)
+        rows = everything.kinds.count(kind)
+        low, high = wilson(round(recall * rows), rows)
+        print(f"| {kind} | {rows:,} | {recall:.3f} | {low:.3f} to {high:.3f} | {worst:.3f} |")
+    low, high = wilson(round(everything.precision() * sum(everything.kept)), sum(everything.kept))
+    worst = min(one.precision() for one in told)
+    kept = f"{sum(everything.kept):,} kept"
+    print(f"| precision | {kept} | {everything.precision():.3f} | {low:.3f} to {high:.3f} | {worst:.3f} |\n")
+
+
+def wilson(right: int, rows: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson, "Probable inference", 1927)."""
+    z, share = 1.96, right / rows
+    middle = share + z * z / (2 * rows)
+    spread = z * (share * (1 - share) / rows + z * z / (4 * rows * rows)) ** 0.5
+    return (middle - spread) / (1 + z * z / rows), (middle + spread) / (1 + z * z / rows)
 
 
 def _fate(line: dict[str, Any]) -> str:

@@ -146,8 +146,11 @@ measured(work)
 )
 
 
-def write_folder(folder: Path, rows: int) -> None:
-    """plan/ and raw/ as they are after a fetch of so many rows: 85 % arrived, one in thirty is the same file again."""
+def write_folder(folder: Path, rows: int, also: str = "") -> None:
+    """plan/ and raw/ as they are after a fetch of so many rows: 85 % arrived, one in thirty is the same file again.
+
+    `also`: SQL of further columns of raw/, each after a comma.
+    """
     for stage in ("plan", "raw"):
         (folder / stage).mkdir(parents=True)
     db = duckdb.connect()
@@ -158,7 +161,7 @@ def write_folder(folder: Path, rows: int) -> None:
             'https://img' || (hash(n) % 50000) || '.example.org/photos/' || md5(n::VARCHAR) || '.jpg' AS url,
             array_to_string({words}, ' ') AS caption, 'img' || (hash(n) % 50000) || '.example.org' AS url_host
         FROM range(a, b) t(n))""")
-    db.execute("""CREATE MACRO fetched(a, b) AS TABLE
+    db.execute(f"""CREATE MACRO fetched(a, b) AS TABLE
         SELECT *, CASE WHEN came THEN 'success' ELSE 'failed_to_download' END AS status,
             CASE WHEN came THEN NULL ELSE 'http_status' END AS reason, CASE WHEN came THEN NULL ELSE '404' END AS value,
             CASE WHEN came THEN 100 + (hash(file + 1) % 1500)::INT END AS original_width,
@@ -168,7 +171,7 @@ def write_folder(folder: Path, rows: int) -> None:
                 original_height), 4) END AS aspect,
             CASE WHEN came THEN sha256(file::VARCHAR) END AS sha256,
             CASE WHEN came THEN hash(file + 3)::HUGEINT - 9223372036854775808 END::BIGINT AS phash,
-            CASE WHEN came THEN (hash(file + 4) % 9000) / 100.0 END AS luma_std
+            CASE WHEN came THEN (hash(file + 4) % 9000) / 100.0 END AS luma_std {also}
         FROM (SELECT *, hash(row + 5) % 100 < 85 AS came, CASE WHEN row % 30 = 29 THEN row - 7 ELSE row END AS file
             FROM planned(a, b))""")
     for number, start in enumerate(range(0, rows, A_FILE)):

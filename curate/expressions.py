@@ -12,6 +12,7 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import duckdb
@@ -93,7 +94,7 @@ def scalar_expression(db: duckdb.DuckDBPyConnection, where: str, text: str, colu
     node = _parse(db, where, text, f"SELECT ({text}\n)")
     if node["from_table"]["type"] != "EMPTY" or node["where_clause"] or node["modifiers"]:
         raise ConfigError(f"{where}: expected one expression over the columns, got '{_short(text)}'")
-    return _checked(db, where, text, node["select_list"], columns)
+    return _checked(where, text, node["select_list"], columns)
 
 
 def order_expression(db: duckdb.DuckDBPyConnection, where: str, text: str, columns: Collection[str]) -> Expression:
@@ -102,7 +103,7 @@ def order_expression(db: duckdb.DuckDBPyConnection, where: str, text: str, colum
     if [modifier["type"] for modifier in node["modifiers"]] != ["ORDER_MODIFIER"]:
         raise ConfigError(f"{where}: expected an order such as 'width * height DESC', got '{_short(text)}'")
     orders = [order["expression"] for order in node["modifiers"][0]["orders"]]
-    return _checked(db, where, text, orders, columns)
+    return _checked(where, text, orders, columns)
 
 
 def step_expressions(db: duckdb.DuckDBPyConnection, step: Step, columns: Collection[str]) -> list[Expression]:
@@ -233,15 +234,13 @@ def _parse(db: duckdb.DuckDBPyConnection, where: str, text: str, statement: str)
     return nodes[0]
 
 
-def _checked(
-    db: duckdb.DuckDBPyConnection, where: str, text: str, trees: list[dict[str, Any]], columns: Collection[str]
-) -> Expression:
+def _checked(where: str, text: str, trees: list[dict[str, Any]], columns: Collection[str]) -> Expression:
     nodes = [node for tree in trees for node in _walk(tree)]
     for node in nodes:
         if node["class"] not in _ALLOWED:
             what = _REFUSED.get(node["class"], node["class"].lower())
             raise ConfigError(f"{where}: {what} is not allowed; a filter sees the columns of one row")
-    _check_functions(db, where, {node["function_name"].lower() for node in nodes if node["class"] == "FUNCTION"})
+    _check_functions(where, {node["function_name"].lower() for node in nodes if node["class"] == "FUNCTION"})
     lambdas = {
         name for node in nodes if node["class"] == "LAMBDA" for left in _walk(node["lhs"]) for name in _names(left)
     }
@@ -253,19 +252,23 @@ def _checked(
     return Expression(text, tuple(dict.fromkeys(spelled[name.lower()] for name in used)))
 
 
-def _check_functions(db: duckdb.DuckDBPyConnection, where: str, used: set[str]) -> None:
+def _check_functions(where: str, used: set[str]) -> None:
     """Refuse what is not a function of the row alone, such as random(), now(), count(), current_setting()."""
-    unsteady = {
-        name
-        for (name,) in db.execute(
-            """SELECT DISTINCT function_name FROM duckdb_functions()
-            WHERE stability IN ('VOLATILE', 'CONSISTENT_WITHIN_QUERY') OR function_type = 'aggregate'"""
-        ).fetchall()
-    } | {"current_setting"}  # DuckDB 1.4 calls it steady
-    if found := sorted(used & unsteady):
+    if found := sorted(used & _unsteady()):
         raise ConfigError(
             f"{where}: {found[0]}() is not allowed; a filter must give the same answer for a row each time"
         )
+
+
+@cache
+def _unsteady() -> frozenset[str]:
+    """Functions whose answer hangs on more than one row; asked for once, for there are thousands."""
+    with duckdb.connect(":memory:") as db:
+        found = db.execute(
+            """SELECT DISTINCT function_name FROM duckdb_functions()
+            WHERE stability IN ('VOLATILE', 'CONSISTENT_WITHIN_QUERY') OR function_type = 'aggregate'"""
+        ).fetchall()
+    return frozenset({name for (name,) in found} | {"current_setting"})  # DuckDB 1.4 calls it steady
 
 
 def _walk(tree: Any) -> Iterator[dict[str, Any]]:

@@ -126,10 +126,12 @@ def write_batches(
     *,
     made_from: str,
     notes: Mapping[str, str] | None = None,
+    row_group: int = ROW_GROUP,
 ) -> None:
     """`write_parquet` for more rows than memory should hold; how the rows are cut into batches changes nothing.
 
-    `notes` are further words for the metadata: `notes(path)` reads them.
+    `notes` are further words for the metadata: `notes(path)` reads them. `row_group`: rows that are written, and can
+    be read, at once.
     """
     import pyarrow.parquet as pq
 
@@ -141,7 +143,7 @@ def write_batches(
         ThreadPoolExecutor(1) as hashing,
     ):
         done: Future[None] | None = None
-        for rows in _row_groups(batches, schema):
+        for rows in _row_groups(batches, schema, row_group):
             if done is not None:
                 done.result()
             done = hashing.submit(lambda rows: content.update(_ipc_bytes(rows)), rows)
@@ -152,18 +154,18 @@ def write_batches(
         file.add_key_value_metadata(said | {FINGERPRINT: made_from.encode(), DIGEST: content.hexdigest()[:16].encode()})
 
 
-def _row_groups(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.Table]:
-    """The rows in tables of ROW_GROUP rows, the last one shorter; one empty table if there are none."""
+def _row_groups(batches: Iterable[pa.RecordBatch], schema: pa.Schema, size: int) -> Iterator[pa.Table]:
+    """The rows in tables of `size` rows, the last one shorter; one empty table if there are none."""
     import pyarrow as pa
 
     waiting, num_rows, given = [], 0, False
     for batch in batches:
         waiting.append(batch)
         num_rows += batch.num_rows
-        while num_rows >= ROW_GROUP:
+        while num_rows >= size:
             table = pa.Table.from_batches(waiting, schema)
-            yield table.slice(0, ROW_GROUP).combine_chunks()
-            waiting, num_rows, given = table.slice(ROW_GROUP).to_batches(), num_rows - ROW_GROUP, True
+            yield table.slice(0, size).combine_chunks()
+            waiting, num_rows, given = table.slice(size).to_batches(), num_rows - size, True
     if num_rows or not given:
         yield pa.Table.from_batches(waiting, schema).combine_chunks()
 

@@ -85,6 +85,7 @@ def run(
         chosen = choose(tables, figures, filters, min(config.thumbnails, MOST_THUMBNAILS))
         galleries = with_pictures(tables, chosen, _test_sets(filters))
         rows = embedded_rows(tables, figures, _pictures(galleries), seed)
+        tables.thumbnails.save()
         figures["sql"] = {"views": tables.views, "figures": tables.sql}
     facts = manifest(out, plain, seed)
     page = _page(figures, galleries, rows, facts)
@@ -167,6 +168,7 @@ def _values(
             sum(line["before"] for line in figures["languages"]),
             sum(line["after"] for line in figures["languages"]),
         ),
+        "concepts": [_balanced(balance, figures["words"]) for balance in figures["concepts"]],
         "host": _host,
         "embedded": len(rows),
         "mapped": sum("xy" in row for row in rows),
@@ -194,6 +196,13 @@ def _compared(lines: Sequence[Mapping[str, Any]], name: str, before: int, after:
         }
         for line, both in zip(lines, shares, strict=True)
     ]
+
+
+def _balanced(balance: Mapping[str, Any], captions: Mapping[str, Any]) -> dict[str, Any]:
+    """The concepts of a balance step as `_compared` draws them, with the rows that it dropped of each."""
+    lines = _compared(balance["top"], "concept", captions["before"], captions["after"])
+    dropped = (entry["dropped"] for entry in balance["top"])
+    return {"step": balance["step"], "top": [{**line, "dropped": n} for line, n in zip(lines, dropped, strict=True)]}
 
 
 def _bar(step: Mapping[str, Any], rows: int) -> str:

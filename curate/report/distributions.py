@@ -84,10 +84,11 @@ def _named(tables: Tables, thresholds: Sequence[Threshold]) -> list[Drawn]:
 def _histogram(tables: Tables, wanted: Drawn) -> dict[str, Any] | None:
     """Kept and dropped rows over bins of round width; all above the 99.5th percentile are in the last bin."""
     x = as_double(tables, wanted.expression)
-    judged = f"SELECT kept, {x} AS x FROM rows WHERE {JUDGED}"
+    judged = f"SELECT kept, dice, {x} AS x FROM rows WHERE {JUDGED}"
     low, most, high, whole = tables.ask(
         f"distributions.{wanted.name}.range",
-        f"SELECT min(x), max(x), quantile_cont(x, 0.995), coalesce(bool_and(x = floor(x)), false) "
+        f"SELECT min(x), max(x), coalesce(quantile_cont(x, 0.995) FILTER ({tables.some}), max(x)), "
+        "coalesce(bool_and(x = floor(x)), false) "
         f"FROM ({judged}) WHERE isfinite(x)",
     )[0]
     if low is None:

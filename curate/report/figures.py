@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from curate.concepts.matching import plain
 from curate.database import literal, quoted
 from curate.report.definitions import STAGES, define
 from curate.report.distributions import distributions
@@ -22,7 +23,7 @@ TOP_LANGUAGES = 20
 TOP_WORDS = 40
 LONGEST_CAPTION = 300
 # Captions whose words are counted: of a longer list, every second row, or third, …
-WORDS_OF = 1_000_000
+WORDS_OF = 250_000
 REFUSALS = ("robots_disallow", "robots_unreachable", "opt_out", "throttled", "blocked_address")
 
 
@@ -55,7 +56,7 @@ def count_all(tables: Tables, filters: Sequence[dict[str, Any]]) -> dict[str, An
         "hosts": _hosts(tables),
         "captions": _captions(tables),
         "words": _words(tables, rows),
-        "concepts": _concepts(tables, filters),
+        "concepts": _concepts(tables, rows, filters),
         "languages": _languages(tables),
         "licences": _licences(tables),
     }
@@ -217,8 +218,7 @@ def _captions(tables: Tables) -> dict[str, Any]:
 
 def _words(tables: Tables, rows: int) -> dict[str, Any]:
     """The most frequent words of the captions, in how many captions of the list and of what is kept each stands."""
-    every = max(1, -(-rows // WORDS_OF))
-    sample = f"SELECT row, kept, caption FROM ledger WHERE caption IS NOT NULL AND row % {every} = 0"
+    every, sample = _some_captions(rows)
     # Words of four letters and more, or of two in scripts that write no space between words.
     words = r"list_distinct(regexp_extract_all(lower(left(caption, 1000)), '[\p{L}\p{M}]{4,}|[^\x00-\x{2FFF}]{2,8}'))"
     query = f"""
@@ -232,20 +232,55 @@ def _words(tables: Tables, rows: int) -> dict[str, Any]:
     return {"every": every, "before": totals[0], "after": totals[1], "top": top}
 
 
-def _concepts(tables: Tables, filters: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each balance step: the concepts it took most pairs from."""
+def _some_captions(rows: int) -> tuple[int, str]:
+    """SQL of a sample of at most WORDS_OF captions, and that it takes one row in so many."""
+    every = max(1, -(-rows // WORDS_OF))
+    return every, f"SELECT row, kept, caption FROM ledger WHERE caption IS NOT NULL AND row % {every} = 0"
+
+
+def _concepts(tables: Tables, rows: int, filters: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each balance step, the concepts it took most pairs from, and in how many captions each stands, as the words.
+
+    A dropped pair counts for the rarest of its concepts, which is the one that the ledger names.
+    """
     found = []
     for step in filters:
         if "balance" in step:
             name = str(step.get("name"))
             query = f"""
-                SELECT left(value, 200) AS concept, count(*) AS n FROM ledger
-                WHERE NOT kept AND step = {literal(name)} AND value IS NOT NULL
+                SELECT coalesce(nullif(regexp_extract(value, '^(.*) \\(\\d+ of \\d+\\)$', 1), ''), value) AS concept,
+                    count(*) AS n
+                FROM ledger WHERE NOT kept AND step = {literal(name)} AND value IS NOT NULL
                 GROUP BY ALL ORDER BY n DESC, concept LIMIT {TOP_WORDS}
             """
-            top = [{"concept": concept, "dropped": n} for concept, n in tables.ask(f"concepts.{name}", query)]
+            dropped = dict(tables.ask(f"concepts.{name}", query))
+            substring = (step["balance"] or {}).get("match") == "substring"
+            stand = _standing(tables, rows, f"concepts.{name}.captions", list(dropped), "" if substring else " ")
+            top = [
+                {"concept": concept, "dropped": n}
+                | dict(zip(("before", "after"), stand.get(concept, (0, 0)), strict=True))
+                for concept, n in dropped.items()
+            ]
             found.append({"step": name, "top": top})
     return found
+
+
+def _standing(
+    tables: Tables, rows: int, figure: str, concepts: Sequence[str], space: str
+) -> dict[str, tuple[int, int]]:
+    """By concept: the captions of the list and of what is kept that it stands in, by the rule of the balance step."""
+    if not concepts:
+        return {}
+    _, sample = _some_captions(rows)
+    listed = ", ".join(map(literal, concepts))
+    query = f"""
+        SELECT name, count(*) AS before, count(*) FILTER (kept) AS after
+        FROM (SELECT kept, '{space}' || {plain("caption")} || '{space}' AS text FROM ({sample}))
+        JOIN (SELECT name, {plain("name")} AS form FROM (SELECT unnest([{listed}]) AS name))
+        ON contains(text, '{space}' || form || '{space}')
+        WHERE form <> '' GROUP BY name ORDER BY name
+    """
+    return {name: (before, after) for name, before, after in tables.ask(figure, query)}
 
 
 def _languages(tables: Tables) -> list[dict[str, Any]]:

@@ -1,14 +1,11 @@
 """The rows that the report shows: a few of each split and of what each step dropped, with small pictures.
 
 Of what a step dropped by a number, those nearest its threshold come first: they are what tells whether the threshold
-is right. All else is a seeded random choice. A picture is re-encoded from the pixels alone (at most 128 px, JPEG), so
-that no metadata of the web's files, a camera's place say, travels in the report.
+is right. All else is a seeded random choice.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,13 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from curate.database import literal
-from curate.errors import InputError
 from curate.report.tables import Tables
 from curate.report.thresholds import NUMBER
-from curate.shards import MemberReader
+from curate.report.thumbnails import QUALITY, SIDE, data_url, thumbnail
 
-SIDE = 128
-QUALITY = 80
 PAIRS = ("dedup", "decontaminate")
 UNSAFE = 0.5  # probability of nsfw from which a picture is blurred
 
@@ -218,17 +212,8 @@ def read_pictures(tables: Tables, keys: Iterable[str], side: int = SIDE, quality
         WHERE image_offset IS NOT NULL AND key IN (SELECT unnest(?)) ORDER BY filename, image_offset
     """
     rows = tables.db.execute(query, [sorted(keys)]).fetchall()
-    tars = sorted({Path(file).with_suffix(".tar") for _, file, _, _ in rows})
-    number = {tar: place for place, tar in enumerate(tars)}
-    reader, pictures = MemberReader(tars), {}
-    try:
-        for key, file, offset, length in rows:
-            content = _read(reader, number[Path(file).with_suffix(".tar")], offset, length)
-            if content and (small := thumbnail(content, side, quality)):
-                pictures[key] = data_url(small)
-    finally:
-        reader.close()
-    return pictures
+    members = [(key, Path(file), offset, length) for key, file, offset, length in rows]
+    return tables.thumbnails.read(members, side, quality)
 
 
 def test_picture(sample: Sample, test_sets: Sequence[str]) -> str | None:
@@ -242,37 +227,3 @@ def test_picture(sample: Sample, test_sets: Sequence[str]) -> str | None:
     except (OSError, ValueError):
         return None
     return data_url(small) if small else None
-
-
-def _read(reader: MemberReader, tar: int, offset: int, length: int) -> bytes | None:
-    try:
-        return reader.read(tar, offset, length)
-    except (InputError, OSError):  # raw shards that were moved away after packing: a report without their pictures
-        return None
-
-
-def thumbnail(content: bytes, side: int = SIDE, quality: int = QUALITY) -> bytes | None:
-    """A JPEG of at most `side` pixels on its longer side, white where it is transparent, without any metadata.
-
-    None for bytes that are not an image that Pillow can read.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.draft("RGB", (2 * side, 2 * side))
-            pixels = image.convert("RGBA") if image.mode in ("P", "PA") else image  # a palette cannot be averaged
-            pixels.thumbnail((side, side), reducing_gap=2)
-            pixels = pixels.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
-    flat = Image.new("RGB", pixels.size, "white")
-    flat.paste(pixels, mask=pixels.getchannel("A"))
-    written = io.BytesIO()
-    flat.save(written, "JPEG", quality=quality, optimize=True)
-    return written.getvalue()
-
-
-def data_url(jpeg: bytes) -> str:
-    """A JPEG as a `data:` URL."""
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()

@@ -183,14 +183,15 @@ def what_if(tables: Tables, threshold: Threshold, figure: str) -> dict[str, Any]
     x = as_double(tables, threshold.expression)
     name, rest = literal(threshold.step), f"coalesce(CAST(({threshold.rest}) AS BOOLEAN), false)"
     # What a relevance step moved to retain is kept, but did not pass that step.
-    judged = f"""SELECT kept AND step IS DISTINCT FROM {name} AS kept, {x} AS x FROM rows
+    judged = f"""SELECT kept AND step IS DISTINCT FROM {name} AS kept, dice, {x} AS x FROM rows
         WHERE (kept AND step IS DISTINCT FROM {name}) OR (step = {name} AND {rest})"""
-    low, high = tables.db.execute(
-        f"SELECT quantile_cont(x, 0.002), quantile_cont(x, 0.998) FROM ({judged}) WHERE isfinite(x)"
+    quantiles = f"quantile_cont(x, [0.002, 0.998]) FILTER ({tables.some})"
+    ends, whole = tables.db.execute(
+        f"SELECT coalesce({quantiles}, [min(x), max(x)]), bool_and(x = floor(x)) FROM ({judged}) WHERE isfinite(x)"
     ).fetchall()[0]
+    low, high = ends
     if low is None:
         return None
-    whole = scalar(tables.db, f"SELECT bool_and(x = floor(x)) FROM ({judged}) WHERE isfinite(x)")
     edges, at = fine_edges(threshold.value, low, high, bool(whole) and threshold.value == math.floor(threshold.value))
     counted = tables.ask(
         figure,

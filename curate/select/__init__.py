@@ -42,16 +42,16 @@ from curate.expressions import (
 from curate.filters import Balance, Decontaminate, Dedup, Relevance, Sample, Step, Top, Where
 from curate.ledger import ledger_schema
 from curate.progress import progress
-from curate.select import balance, decontaminate, dedup, relevance
+from curate.select import balance, decontaminate, dedup, known, relevance
 from curate.select.groups import find_groups, place
 from curate.select.pictures import find, identity
 from curate.select.ranked import apply_sample, apply_top
 from curate.select.retain import find_retainable
-from curate.select.selection import Selection
+from curate.select.selection import Identity, Selection
 from curate.shards import SPLITS, digest, fingerprint, made_from, sweep, write_batches
 from curate.signals import asked, beside, files_of
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,19 +92,20 @@ def run(
     plan, raw, signals = _stage_files(out, measured)
     every_signal = [path for paths in signals.values() for path in paths]
     inputs = [digest(path) for path in (*plan, out / "plan" / "dropped.parquet", *raw, *every_signal)]
-    made = fingerprint(
-        "select", FORMAT, inputs, _identity(steps, measured.clip), [pack.val, pack.test, pack.retain], seed
-    )
+    images, weights = _named_images(steps), _weights(steps, measured.clip)
+    identity = [*_identity(steps), list(images.values()), weights]
+    made = fingerprint("select", FORMAT, inputs, identity, [pack.val, pack.test, pack.retain], seed)
     if made_from(ledger) != made:
         allowed = [out / "plan", out / "raw", out / "signals"]
         with (
             enough_memory(config.memory_limit),
             connect(config.memory_limit, config.threads, out / SPILL, allowed) as db,
         ):
-            selection = Selection(db, signals.get("clip", []), measured.clip, seed)
+            selection = Selection(db, signals.get("clip", []), measured.clip, seed, out / known.FOLDER, weights, images)
             _load(selection, out, plan, raw, steps, list(signals))
             _decide(selection, steps, pack)
             _write(selection, ledger, made, steps)
+            known.remove_unused(selection)
         return _count(ledger, made=True)
     return _count(ledger, made=False)
 
@@ -143,20 +144,33 @@ def _stage_files(out: Path, measured: MeasureConfig) -> tuple[list[Path], list[P
     return plan, raw, signals
 
 
-def _identity(steps: Sequence[Step], clip: ClipConfig | None) -> list[object]:
-    """All that the steps depend on beside the stages' files: the steps, the images they name, the CLIP."""
+def _identity(steps: Sequence[Step]) -> list[object]:
+    """The steps, and the concepts that they name."""
     parts: list[object] = [(type(step).__name__, asdict(step)) for step in steps]
     for step in steps:
-        named = step.against if isinstance(step, Decontaminate) else [getattr(step, "images", None)]
-        parts += [identity(find(label(step), text)) for text in named if text]
         concepts = getattr(step, "concepts", None)
         if isinstance(concepts, str) and concepts != MINED:
             parts.append(read_concepts(label(step), concepts))
-    if clip is not None and any(embeds(step) for step in steps):
-        from curate.clip import weights_fingerprint
-
-        parts.append(weights_fingerprint(clip.name, clip.pretrained))
     return parts
+
+
+def _named_images(steps: Sequence[Step]) -> dict[str, Identity]:
+    """By path, what a change of the user's images there changes."""
+    found = {}
+    for step in steps:
+        named = step.against if isinstance(step, Decontaminate) else [getattr(step, "images", None)]
+        paths = [find(label(step), text) for text in named if text]
+        found |= {str(path): identity(path) for path in paths}
+    return found
+
+
+def _weights(steps: Sequence[Step], clip: ClipConfig | None) -> str | None:
+    """The fingerprint of the CLIP, if a step embeds."""
+    if clip is None or not any(embeds(step) for step in steps):
+        return None
+    from curate.clip import weights_fingerprint
+
+    return weights_fingerprint(clip.name, clip.pretrained)
 
 
 def _load(

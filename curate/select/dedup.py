@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from curate.database import literal, quoted, scalar
 from curate.expressions import label, order_expression, readable, scalar_expression
 from curate.filters import Dedup
 from curate.select.near import Ints, near_groups
 from curate.select.selection import Selection
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def apply(selection: Selection, step: Dedup) -> None:
@@ -71,24 +66,11 @@ def _similar(selection: Selection, step: Dedup, order: str) -> None:
     from curate.select import semantic
 
     spill = Path(scalar(selection.db, "SELECT current_setting('temp_directory')"))
-    vectors = semantic.write_vectors(spill, _alive_embeddings(selection))
+    vectors = semantic.write_vectors(spill, selection.alive_embeddings())
     group_N = semantic.near_groups(vectors, step.similarity or 1.0, selection.seed)
     dropped, kept = _others_than_first(selection, vectors.rows, group_N, order)
     cosines = semantic.cosines(vectors, _places(vectors.rows, dropped), _places(vectors.rows, kept))
     _drop(selection, step, dropped, kept, [f"cosine={cosine:.4f}" for cosine in np.asarray(cosines).tolist()])
-
-
-def _alive_embeddings(selection: Selection) -> Iterator[tuple[Ints, np.ndarray]]:
-    """Rows that are alive, and their image embeddings (N, D), file after file."""
-    import numpy as np
-    import pyarrow as pa
-
-    db = selection.db
-    for keys, image_ND in selection.embeddings():
-        db.register("found", pa.table({"key": keys, "place_": np.arange(len(keys))}))
-        there = db.execute("SELECT row, place_ FROM alive JOIN found USING (key) ORDER BY place_").fetchnumpy()
-        db.unregister("found")
-        yield np.asarray(there["row"], np.int64), image_ND[np.asarray(there["place_"], np.int64)]
 
 
 def _others_than_first(selection: Selection, rows: Ints, group_N: Ints, order: str) -> tuple[Ints, Ints]:

@@ -1,4 +1,4 @@
-"""All pairs of 64-bit hashes within a Hamming distance, exactly, and the groups they link into. numpy alone.
+"""64-bit hashes within a Hamming distance, exactly: the nearest of each, and the groups they link into. numpy alone.
 
 Cut the 64 bits into b blocks. Two hashes that differ in at most d bits agree in all bits of at least b − d blocks. So
 for each choice of b − d blocks, sort the hashes by these blocks' bits, and count the bits between those that agree in
@@ -25,21 +25,18 @@ _BLOCK = 1 << 22
 _SORT = 12.0
 
 
-def near_pairs(queries: Hashes, base: Hashes, distance: int) -> tuple[Ints, Ints, Ints]:
-    """Every pair (i, j) with at most `distance` bits between queries[i] and base[j].
+def nearest(queries: Hashes, base: Hashes, distance: int) -> tuple[Ints, Ints]:
+    """Of each query, the nearest of the base within `distance` bits: how many bits, and which; −1 where none is.
 
-    Returns:
-        i, j and the distance, sorted by (i, j).
+    Of equally near ones, the first. Memory is a few times that of the hashes, however many pairs there are.
     """
-    found = [np.zeros(0, np.int64)]
-    for key in _keys(len(queries), len(base), distance):
-        candidates = _all_pairs(queries, base) if key is None else _matches(key(queries), key(base))
-        for i, j in candidates:
-            near = _popcount(queries[i] ^ base[j]) <= distance
-            found.append(i[near] * len(base) + j[near])
-    pairs = np.unique(np.concatenate(found))
-    i, j = np.divmod(pairs, max(1, len(base)))
-    return i, j, _popcount(queries[i] ^ base[j]).astype(np.int64)
+    none = np.iinfo(np.int64).max
+    best = np.full(len(queries), none)  # bits · base + place: the least is the nearest, and the first of them
+    for i, j in _near_blocks(queries, base, distance):
+        np.minimum.at(best, i, _popcount(queries[i] ^ base[j]).astype(np.int64) * len(base) + j)
+    found = best != none
+    bits, place = np.divmod(best, max(1, len(base)))
+    return np.where(found, bits, -1), np.where(found, place, -1)
 
 
 def near_groups(hashes: Hashes, distance: int) -> Ints:
@@ -91,6 +88,15 @@ def connected_components(a: Ints, b: Ints, size: int) -> Ints:
         while not np.array_equal(label, label[label]):
             label = label[label]
     return label
+
+
+def _near_blocks(queries: Hashes, base: Hashes, distance: int) -> Iterator[tuple[Ints, Ints]]:
+    """The near pairs, a block at a time; a pair may come several times."""
+    for key in _keys(len(queries), len(base), distance):
+        candidates = _all_pairs(queries, base) if key is None else _matches(key(queries), key(base))
+        for i, j in candidates:
+            near = _popcount(queries[i] ^ base[j]) <= distance
+            yield i[near], j[near]
 
 
 Key = Callable[[Hashes], Hashes]

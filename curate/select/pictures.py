@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from curate.errors import ConfigError, InputError
 from curate.ledger import Reason
@@ -15,9 +15,8 @@ from curate.shards import IMAGE_EXTENSIONS, digest, file_sha256, iter_images, re
 if TYPE_CHECKING:
     import numpy as np
 
-    from curate.clip import Clip
-
 logger = logging.getLogger("cliptailor")
+T = TypeVar("T")
 
 
 def find(where: str, text: str) -> Path:
@@ -79,13 +78,8 @@ def decoded(name: str, content: bytes) -> np.ndarray | None:
         return None
 
 
-def embedded(
-    clip: Clip, named: Iterable[tuple[str, np.ndarray]], batch_size: int
-) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Names and embeddings, float32 (B, D), of pictures, `batch_size` at a time."""
-    from PIL import Image
-
-    waiting = iter(named)
-    while batch := list(islice(waiting, batch_size)):
-        images = [Image.fromarray(rgb) for _, rgb in batch]
-        yield [name for name, _ in batch], clip.embed_images(images).cpu().numpy()
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """`size` of them at a time."""
+    waiting = iter(items)
+    while batch := list(islice(waiting, size)):
+        yield batch

@@ -16,7 +16,8 @@ from curate.database import literal
 from curate.errors import InputError
 from curate.expressions import label
 from curate.filters import Relevance
-from curate.select.pictures import decoded, embedded, find, pictures
+from curate.select.known import blocks, embedded_texts, known_images, vectors
+from curate.select.pictures import find
 from curate.select.ranked import how_many
 from curate.select.selection import Selection, same_width
 
@@ -84,13 +85,11 @@ def _scores(selection: Selection, step: Relevance) -> pa.Table:
     import numpy as np
     import pyarrow as pa
 
-    clip = selection.loaded_clip
-    nothing = np.zeros((0, 0), np.float32)
     concepts = read_concepts(label(step), step.concepts) if step.concepts is not None else []
     prompts = fill(step.prompts, concepts)
-    prompt_PD = _embedded_texts(selection, prompts) if prompts else nothing
-    against_AD = clip.embed_captions(step.against).cpu().numpy() if step.against else nothing
-    example_ED = _examples(selection, step) if step.images else nothing
+    prompt_PD = embedded_texts(selection, prompts)
+    against_AD = embedded_texts(selection, step.against) if prompts else prompt_PD
+    example_ED = _examples(selection, step) if step.images else np.zeros((0, 0), np.float32)
     positive_PD = prompt_PD if len(prompt_PD) else example_ED
     tables = [pa.table({"key": pa.array([], pa.string()), "score": pa.array([], pa.float64())})]
     for keys, image_ND in selection.embeddings():
@@ -100,22 +99,12 @@ def _scores(selection: Selection, step: Relevance) -> pa.Table:
     return pa.concat_tables(tables, promote_options="permissive")
 
 
-def _embedded_texts(selection: Selection, texts: list[str]) -> np.ndarray:
-    """The texts' embeddings, float32 (T, D); in batches, for a list of concepts may be long."""
-    import numpy as np
-
-    size = max(selection.batch_size, 64)
-    batches = [texts[start : start + size] for start in range(0, len(texts), size)]
-    return np.concatenate([selection.loaded_clip.embed_captions(batch).cpu().numpy() for batch in batches])
-
-
 def _examples(selection: Selection, step: Relevance) -> np.ndarray:
     """The examples' embeddings, float32 (E, D)."""
     import numpy as np
 
-    path = find(label(step), step.images or "")
-    pixels = ((name, rgb) for name, content in pictures(path) if (rgb := decoded(name, content)) is not None)
-    found = [embeddings for _, embeddings in embedded(selection.loaded_clip, pixels, selection.batch_size)]
-    if not found:
+    file = known_images(selection, find(label(step), step.images or ""), embed=True)
+    found = [vectors(block) for block in blocks(file, ["embedding"])]
+    if not any(map(len, found)):
         raise InputError(f"{label(step)}: none of the images in {step.images} can be decoded")
-    return np.concatenate(found)
+    return np.concatenate([example_ED for example_ED in found if len(example_ED)])

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +18,7 @@ from curate.errors import ModelError
 from curate.select.selection import read_embeddings
 from curate.shards import ShardWriter
 from tests.curate.fetching import encoded, photo
+from tests.finetune.parity import reference
 from tests.finetune.tiny import write_architecture
 
 SCHEMA = pa.schema({"key": pa.string(), "caption": pa.string(), "status": pa.string()})
@@ -60,6 +62,54 @@ def test_every_fetched_image_gets_its_embeddings_and_their_cosine(tmp_path: Path
     np.testing.assert_allclose(rows["text_embedding"].to_pylist(), text_ND, atol=1e-3)
     np.testing.assert_allclose(rows["clip_score"].to_numpy(), (image_ND * text_ND).sum(1), atol=1e-5)
     assert rows["image_embedding"].type.value_type == pa.float16()
+
+
+def transformers_folder(folder: Path) -> tuple[str, np.ndarray, np.ndarray]:
+    """A `CLIPModel` as transformers writes it, and its own embeddings of the pictures and captions."""
+    from transformers import CLIPImageProcessor, CLIPModel
+
+    from tests.finetune.parity.test_transformers import config, save
+
+    save(folder, config())
+    model, processor = CLIPModel.from_pretrained(folder).eval(), CLIPImageProcessor.from_pretrained(folder)
+    pictures = [Image.open(io.BytesIO(encoded(photo(number), "PNG"))).convert("RGB") for number in range(len(CAPTIONS))]
+    tokens = open_clip.SimpleTokenizer(context_length=20)([caption or "" for caption in CAPTIONS])
+    with torch.no_grad():
+        found = model(pixel_values=processor(pictures, return_tensors="pt")["pixel_values"], input_ids=tokens)
+    return str(folder), found.image_embeds.numpy(), found.text_embeds.numpy()
+
+
+def openai_state_dict(folder: Path) -> tuple[str, np.ndarray, np.ndarray]:
+    """A small ViT's state dict as OpenAI's are, and its embeddings in plain functions written from the paper."""
+    towers = {"vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}}
+    towers["text_cfg"] = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
+    torch.manual_seed(0)
+    model = open_clip.CLIP(embed_dim=24, quick_gelu=True, **towers)
+    state = dict(model.state_dict())
+    numbers = {"input_resolution": 32, "context_length": 16, "vocab_size": 49408}
+    half = {name: value.half() for name, value in state.items()}
+    torch.save(half | {name: torch.tensor(number) for name, number in numbers.items()}, folder / "small.pt")
+    state = {name: value.float() for name, value in half.items()}
+    preprocess = open_clip.image_transform(32, is_train=False)
+    pixels = [preprocess(Image.open(io.BytesIO(encoded(photo(n), "PNG"))).convert("RGB")) for n in range(len(CAPTIONS))]
+    tokens = open_clip.SimpleTokenizer(context_length=16)([caption or "" for caption in CAPTIONS])
+    with torch.no_grad():
+        image_ND, text_ND = reference.image(torch.stack(pixels), state), reference.text(tokens, state)
+    return str(folder / "small.pt"), image_ND.numpy(), text_ND.numpy()
+
+
+@pytest.mark.parametrize("scorer", [transformers_folder, openai_state_dict])
+def test_a_clip_of_transformers_or_openai_scores_as_its_own_code_does(tmp_path: Path, scorer) -> None:
+    (tmp_path / "clip").mkdir()
+    write_raw(tmp_path, 0)
+    name, image_ND, text_ND = scorer(tmp_path / "clip")
+    config = MeasureConfig(text=False, clip=ClipConfig(name=name, batch_size=3, device="cpu"))
+    assert measure.run(tmp_path, config).made == 1
+    rows = signals(tmp_path)
+    np.testing.assert_allclose(rows["image_embedding"].to_pylist(), image_ND, atol=1e-3)
+    np.testing.assert_allclose(rows["text_embedding"].to_pylist(), text_ND, atol=1e-3)
+    np.testing.assert_allclose(rows["clip_score"].to_numpy(), (image_ND * text_ND).sum(1), atol=2e-4)  # two ways to resize
+    assert measure.run(tmp_path, config).reused == 1
 
 
 def test_only_shards_that_changed_are_measured_again(tmp_path: Path, config: MeasureConfig) -> None:

@@ -20,10 +20,12 @@ from curate.config import ReportConfig
 from curate.errors import InputError
 from curate.html import MAX_BYTES
 from curate.ledger import Reason
+from curate.report import thumbnails
 from curate.report.definitions import DEFINITIONS, limits
 from curate.report.distributions import BINS, bin_edges
 from curate.report.figures import describe
-from curate.report.samples import SIDE, thumbnail
+from curate.report.thumbnails import SIDE, thumbnail
+from curate.shards import read_rows
 from tests.curate.pages import Page
 from tests.curate.report_folder import CONFIG, FILTERS, Row, example_rows, jpeg, write_folder
 
@@ -404,6 +406,32 @@ def test_with_the_raw_tar_gone_or_cut_the_report_lacks_only_its_pictures(tmp_pat
     tar.unlink()
     report.run(tmp_path, ReportConfig(), CONFIG, seed=0)
     assert "no picture" in (tmp_path / "report.html").read_text()
+
+
+def test_a_second_report_makes_no_picture_again(tmp_path, monkeypatch):
+    write_folder(tmp_path, [Row("a" * 20, image=jpeg(1)), Row("b" * 20, image=jpeg(2)), Row("c" * 20, image=b"no")])
+    tar, kept = tmp_path / "raw" / "00000.tar", tmp_path / thumbnails.FILE
+    content = tar.read_bytes()
+    tar.unlink()
+    report.run(tmp_path, ReportConfig(), CONFIG, seed=0)
+    assert not kept.exists()  # what could not be read is looked at again
+    tar.write_bytes(content)
+    report.run(tmp_path, ReportConfig(), CONFIG, seed=0)
+    first = (tmp_path / "report.html").read_bytes()
+    assert kept.exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(thumbnails, "thumbnail", lambda *_: pytest.fail("a picture is made again"))
+        report.run(tmp_path, ReportConfig(), CONFIG, seed=0)
+    assert (tmp_path / "report.html").read_bytes() == first
+    before = read_rows(kept)["name"].to_pylist()
+    write_folder(tmp_path, [Row("a" * 20, image=jpeg(3)), Row("b" * 20, image=jpeg(2))])
+    report.run(tmp_path, ReportConfig(), CONFIG, seed=0)
+    assert (tmp_path / "report.html").read_bytes() != first
+    assert not set(read_rows(kept)["name"].to_pylist()) & set(before)
+    kept.unlink()
+    fresh = (tmp_path / "report.html").read_bytes()
+    report.run(tmp_path, ReportConfig(), CONFIG, seed=0)
+    assert (tmp_path / "report.html").read_bytes() == fresh
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,25 @@ def test_words_are_counted_by_captions_before_and_after_in_any_script(tmp_path):
     assert (words["every"], words["before"], words["after"]) == (1, 5, 4)
 
 
+@pytest.mark.parametrize(("match", "cats"), [("words", (5, 3)), ("substring", (7, 4))])
+def test_concepts_of_a_balance_step_are_counted_before_and_after(tmp_path, match, cats):
+    captions = ["a Cat!", "cat", "a cat", "location", "two cats", "a dog & a cat", "a cat", "Hund"]
+    lost = {2: "cat (3 of 5)", 6: "cat (3 of 5)", 7: "no concept", 4: "it's (a) (2 of 3)"}
+    dropped = {"split": None, "stage": "select", "step": "balanced", "reason": "balance"}
+    rows = [
+        Row(f"{n:020x}", caption, **(dropped | {"value": lost[n]} if n in lost else {}))
+        for n, caption in enumerate(captions)
+    ]
+    write_folder(tmp_path, rows)
+    step = {"name": "balanced", "balance": {"concepts": ["cat", "it's (a)"], "cap": 3, "match": match}}
+    report.run(tmp_path, ReportConfig(), CONFIG | {"filters": [step]}, seed=0)
+    (told,) = json.loads((tmp_path / "report.json").read_text())["concepts"]
+    found = {entry["concept"]: (entry["dropped"], entry["before"], entry["after"]) for entry in told["top"]}
+    assert found == {"cat": (2, *cats), "no concept": (1, 0, 0), "it's (a)": (1, 0, 0)}
+    page = Page((tmp_path / "report.html").read_text("utf-8"))
+    assert "Concepts that balanced took most from" in page.source
+
+
 def test_refusals_answers_and_saved_requests_are_those_of_the_ledger(figures):
     assert [(r["reason"], r["rows"]) for r in figures["refusals"]] == [("opt_out", 2)]
     assert figures["saved"] == [{"step": "caption_length", "requests": 9}]

@@ -1,8 +1,11 @@
 """The steps that look at the user's own images, and those that compare embeddings, with a real (random) CLIP."""
 
 import logging
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -11,7 +14,10 @@ from curate import measure, report
 from curate.clip import load_clip
 from curate.config import MeasureConfig, ReportConfig
 from curate.errors import ConfigError, InputError
+from curate.filters import Decontaminate
+from curate.select import decontaminate, known
 from curate.select.relevance import fill, score
+from curate.shards import write_batches
 from tests.curate.fetched import dropped, encoded, fetched, kept, ledger, noise, pack_rows, row, select_rows, tiny_clip
 
 
@@ -261,6 +267,99 @@ def test_a_new_image_in_the_test_set_is_seen(out, held_out):
     (held_out / "four.png").write_bytes(encoded(noise(4)))
     assert select_rows(out, filters).made
     assert 4 in dropped(out, "leak")
+
+
+def test_of_a_test_set_in_many_blocks_the_most_similar_image_is_named(out, clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(known, "BLOCK", 8)
+    monkeypatch.setattr(decontaminate, "AT_ONCE", 4)
+    random = np.random.default_rng(0)
+    test = {}
+    for number in range(45):
+        rgb = noise(int(random.integers(24))).copy()
+        size = int(random.integers(4, 40))
+        rgb[:size, :size] = random.integers(256, size=3)
+        test[f"{tmp_path}/{'ab'[number % 2]}/{number:02d}.png"] = rgb
+    test[f"{tmp_path}/b/99.png"] = test[f"{tmp_path}/a/40.png"]  # equally near: the first one's name stands
+    for name, rgb in test.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(encoded(rgb))
+    names = sorted(test)
+    select_rows(out, [])
+    model = load_clip(clip.name, clip.pretrained, device="cpu")
+    test_TD = model.embed_images([Image.fromarray(test[name]) for name in names]).numpy().astype(np.float64)
+    cosines = {number: test_TD @ image for number, image in embeddings(out).items()}
+    similarity = float(np.median([found.max() for found in cosines.values()]))
+    filters = {"against": [f"{tmp_path}/a", f"{tmp_path}/b"], "distance": 0, "similarity": similarity}
+    select_rows(out, [step("leak", decontaminate=filters)], clip=clip)
+    lines = ledger(out)
+    assert {n for n, found in cosines.items() if found.max() >= similarity + 1e-5} <= set(dropped(out, "leak"))
+    by_cosine = {n: float(value[7:]) for n, value in dropped(out, "leak").items() if value.startswith("cosine=")}
+    assert len(by_cosine) >= 4
+    for number, value in by_cosine.items():
+        assert value == pytest.approx(cosines[number].max(), abs=1e-4)
+        assert cosines[number][names.index(lines[number]["twin"])] == pytest.approx(cosines[number].max(), abs=1e-6)
+        assert lines[number]["twin"] != f"{tmp_path}/b/99.png"
+
+
+def test_a_large_test_set_is_compared_in_bounded_memory(tmp_path):
+    random = np.random.default_rng(0)
+    test_TD = random.normal(size=(60_000, 96)).astype(np.float32)
+    test_TD /= np.linalg.norm(test_TD, axis=1, keepdims=True)
+    names = [f"test/{number}.png" for number in range(len(test_TD))]
+    table = pa.table({"name": names, "sha256": names, "phash": range(len(names)), "embedding": list(test_TD)})
+    rows = table.cast(known.schema())
+    file = tmp_path / "test.parquet"
+    write_batches(rows.to_batches(), rows.schema, file, made_from="x", row_group=known.BLOCK)
+    image_ND = np.concatenate([test_TD[[7, 59_999, 30_000]], random.normal(size=(2_000, 96)).astype(np.float32) / 20])
+    wanted = Decontaminate(name="leak", against=["x"], similarity=0.99)
+    # What Arrow holds, which tracemalloc does not see, and what NumPy does.
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        best = decontaminate.most_similar(image_ND, [file], wanted)
+        peak = tracemalloc.get_traced_memory()[1] + pool.max_memory()
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
+    assert [best.name[n] for n in range(3)] == [names[7], names[59_999], names[30_000]]
+    assert not any(best.name[3:])
+    whole = len(test_TD) * len(image_ND) * 4
+    assert peak < 50e6 < whole / 8, f"{peak / 1e6:.0f} MB"
+
+
+def test_another_threshold_needs_no_clip(out, clip, held_out, tmp_path, monkeypatch):
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "3.png").write_bytes(encoded(noise(3)))
+
+    def filters(number):
+        relevance = {"images": str(tmp_path / "examples"), "prompts": ["red"], "threshold": number}
+        return [
+            step("leak", decontaminate={"against": str(held_out), "similarity": number}),
+            step("on_topic", relevance=relevance),
+        ]
+
+    def no_clip(*_, **__):
+        raise AssertionError("a CLIP is loaded")
+
+    select_rows(out, filters(0.6), clip=clip)
+    again = {path.name for path in (out / ".select").iterdir()}
+    assert len(again) == 4  # test images, examples, prompts, contrast
+    with monkeypatch.context() as patched:
+        patched.setattr("curate.clip.load_clip", no_clip)
+        assert select_rows(out, filters(0.7), clip=clip).made
+        strict = ledger(out)
+        (tmp_path / "examples" / "4.png").write_bytes(encoded(noise(4)))
+        with pytest.raises(AssertionError, match="a CLIP is loaded"):
+            select_rows(out, filters(0.7), clip=clip)
+    select_rows(out, filters(0.7), clip=clip)
+    assert {path.name for path in (out / ".select").iterdir()} != again  # that of one example is gone
+    assert len(list((out / ".select").iterdir())) == 4
+    (tmp_path / "examples" / "4.png").unlink()
+    for path in (out / ".select").iterdir():
+        path.unlink()
+    select_rows(out, filters(0.7), clip=clip)
+    assert ledger(out) == strict
 
 
 # --- retain ----------------------------------------------------------------------------------------------------------

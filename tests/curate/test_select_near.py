@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from curate.select.near import connected_components, link, near_groups, near_pairs
+from curate.select.near import connected_components, link, near_groups, nearest
 
 
 def hashes_with_neighbours(seed, size, flips):
@@ -26,28 +26,39 @@ def brute_force(queries, base, distance):
     return i, j, differing[i, j]
 
 
+def nearest_of(pairs, size):
+    """Bits and place of each query's nearest, the first of equals; −1 where there is none."""
+    expected = [(-1, -1)] * size
+    for i, j, bits in sorted(zip(*(part.tolist() for part in pairs), strict=True), key=lambda pair: (pair[2], pair[1])):
+        if expected[i] == (-1, -1):
+            expected[i] = (bits, j)
+    return expected
+
+
 @pytest.mark.parametrize("distance", [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 31, 64])
 @pytest.mark.parametrize("size", [40, 400])
-def test_pairs_within_a_distance_are_those_of_comparing_all_with_all(distance, size):
+def test_the_nearest_within_a_distance_is_that_of_comparing_all_with_all(distance, size):
     base = hashes_with_neighbours(distance, size, flips=9)
-    queries = base[::3]
-    for got, expected in zip(near_pairs(queries, base, distance), brute_force(queries, base, distance), strict=True):
-        np.testing.assert_array_equal(got, expected)
+    base = np.concatenate([base, base[:7]])  # equally near: the first is meant
+    queries = base[::3] ^ np.uint64(1)
+    found = nearest(queries, base, distance)
+    expected = nearest_of(brute_force(queries, base, distance), len(queries))
+    assert list(zip(*(part.tolist() for part in found), strict=True)) == expected
 
 
 @pytest.mark.parametrize("distance", [0, 4, 6])
-def test_pairs_are_complete_where_many_hashes_share_their_bands(distance):
+def test_the_nearest_is_found_where_many_hashes_share_their_bands(distance):
     random = np.random.default_rng(1)
     base = random.integers(0, 2**14, 3_000, dtype=np.uint64)  # 50 equal bits: all in one bucket of most bands
-    i, j, bits = near_pairs(base[:200], base, distance)
-    for got, expected in zip((i, j, bits), brute_force(base[:200], base, distance), strict=True):
-        np.testing.assert_array_equal(got, expected)
+    found = nearest(base[:200], base, distance)
+    expected = nearest_of(brute_force(base[:200], base, distance), 200)
+    assert list(zip(*(part.tolist() for part in found), strict=True)) == expected
 
 
 @pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0)])
 def test_nothing_is_near_nothing(sizes):
     queries, base = (np.arange(size, dtype=np.uint64) for size in sizes)
-    assert [len(part) for part in near_pairs(queries, base, 6)] == [0, 0, 0]
+    assert [part.tolist() for part in nearest(queries, base, 6)] == [[-1] * len(queries)] * 2
 
 
 def slow_components(edges, size):
@@ -107,17 +118,20 @@ def test_a_crowd_of_a_million_pairs_and_many_more_strangers_take_bounded_memory(
     assert peak < 300e6, f"{peak / 1e6:.0f} MB"
 
 
-def test_two_hundred_thousand_hashes_are_paired_in_bounded_memory():
+def test_the_nearest_of_two_hundred_thousand_hashes_in_bounded_memory():
     import tracemalloc
 
-    base = hashes_with_neighbours(0, 133_334, flips=2)
+    every = hashes_with_neighbours(0, 133_334, flips=2)
+    fresh, copies = every[:133_334], every[133_334:]
+    crowd = np.random.default_rng(0).integers(0, 2**9, 300, dtype=np.uint64)  # most of its 90,000 pairs are near
     tracemalloc.start()
     started = time.process_time()
-    i, j, _ = near_pairs(base, base, 6)
+    bits, place = nearest(np.concatenate([copies, crowd]), np.concatenate([fresh, crowd]), 6)
     seconds, (_, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert set(zip(range(66_667), range(133_334, 200_001), strict=True)) <= set(
-        zip(i.tolist(), j.tolist(), strict=True)
-    )
-    assert peak < 500e6, f"{peak / 1e6:.0f} MB"
+    np.testing.assert_array_equal(place[:66_667], np.arange(66_667))
+    assert bits[:66_667].max() <= 2
+    first = {int(word): number for number, word in reversed(list(enumerate(crowd)))}
+    assert place[66_667:].tolist() == [133_334 + first[int(word)] for word in crowd]
+    assert peak < 300e6, f"{peak / 1e6:.0f} MB"
     assert seconds < 60
