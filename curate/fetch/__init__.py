@@ -51,7 +51,7 @@ __all__ = ["RAW_COLUMNS", "SUCCESS", "FetchResult", "run"]
 logger = logging.getLogger("cliptailor")
 
 # Raise it when the same responses would be stored otherwise than before.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 # Keys of FetchConfig that decide how fast and how patiently, not what is stored.
 MANNER_OF_FETCHING = frozenset(
     {
