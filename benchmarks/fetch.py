@@ -298,7 +298,9 @@ def target_of(height: int, width: int) -> tuple[int, int]:
 
 def by_area(rgb: RGB, size: tuple[int, int]) -> RGB:
     """OpenCV's area filter, where there is something to do."""
-    return rgb if rgb.shape[1::-1] == size else np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), np.uint8)
+    return (
+        rgb if rgb.shape[1::-1] == size else np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), np.uint8)
+    )
 
 
 def by_opencv(body: bytes) -> RGB:

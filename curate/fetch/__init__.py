@@ -6,6 +6,8 @@
     robots     robots.txt, read once an origin by all processes
     origins    what they say, in a database
     transfer   one request → one body
+    coding     Content-Encoding, undone
+    failures   why there is no body
     guard      which addresses a request may go to
     manners    opt-outs, Retry-After, back-off
     outage     is the network gone?
