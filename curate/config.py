@@ -46,7 +46,8 @@ class FetchConfig:
     """How images are downloaded and stored."""
 
     engine: str = "native"
-    """native, or img2dataset: the real one on the same plan, watched over and checked."""
+    """native, or img2dataset: the real one on the same plan, watched over and checked. That one heeds opt-out headers
+    and the guard's addresses, but asks no robots.txt and keeps no limit per host: the data card says so."""
     processes: int = 0
     """Worker processes, each with its own connections; 0 means one a CPU core."""
     connections: int = 128

@@ -52,6 +52,8 @@ NOTE = b"cliptailor.note."
 ROW_GROUP = 65_536
 # From so many samples on, what an index for training says of each is where it lies; the rest is read from its tar.
 MANY_SAMPLES = 4_000_000
+# Images are written to a tar so many bytes at a time: a call into the system for each costs more than the copy.
+WRITE_BYTES = 1 << 20
 # A shuffled dataset may have more tars than a process may hold open (1,024 by default).
 MAX_OPEN_TARS = 256
 
@@ -277,7 +279,7 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         self._atomic = atomic(self.stem.with_suffix(".tar"))
-        self._file: BinaryIO = self._atomic.__enter__().open("wb")
+        self._file: BinaryIO = self._atomic.__enter__().open("wb", buffering=WRITE_BYTES)
         self._end = 0
         return self
 
@@ -304,7 +306,7 @@ class ShardWriter:
                 padding = -len(content) % tarfile.BLOCKSIZE
                 blocks += (header(f"{row['key']}.{extension}", len(content)), content, bytes(padding))
                 self._end += tarfile.BLOCKSIZE + len(content) + padding
-            self._file.write(b"".join(blocks))  # at once: a write for each costs more than the copy
+            self._file.writelines(blocks)
         self._rows.append({**row, **places})
 
     def sort_rows(self) -> None:

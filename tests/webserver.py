@@ -21,6 +21,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 
+import pyarrow as pa
+
 NOTHING: Mapping[str, str] = {}
 
 
@@ -184,11 +186,11 @@ def drip(content: bytes, every_s: float) -> Behaviour:
     return behave
 
 
-def endless(start: bytes) -> Behaviour:
+def endless(start: bytes, headers: Mapping[str, str] = NOTHING) -> Behaviour:
     """A chunked body without end, as fast as it is taken."""
 
     async def behave(exchange: Exchange) -> bool:
-        await exchange.send(head(headers={"Transfer-Encoding": "chunked"}), chunk(start))
+        await exchange.send(head(headers={"Transfer-Encoding": "chunked", **headers}), chunk(start))
         while True:
             await exchange.send(chunk(bytes(65536)))
 
@@ -246,6 +248,16 @@ def reset(answer: bytes = b"") -> Behaviour:
 def gzipped(content: bytes) -> Behaviour:
     """Compressed, although nobody asked for it."""
     return page(gzip.compress(content), headers={"Content-Encoding": "gzip"})
+
+
+def in_coding(content: bytes, coding: str) -> bytes:
+    """Compressed as the Content-Encoding `br` or `zstd` means it."""
+    return bytes(pa.compress(content, {"br": "brotli"}.get(coding, coding), asbytes=True))
+
+
+def packed(content: bytes, coding: str) -> Behaviour:
+    """In `br` or `zstd`, although nobody asked for it."""
+    return page(in_coding(content, coding), headers={"Content-Encoding": coding})
 
 
 def chunk(content: bytes) -> bytes:

@@ -6,6 +6,8 @@
     robots     robots.txt, read once an origin by all processes
     origins    what they say, in a database
     transfer   one request → one body
+    coding     Content-Encoding, undone
+    failures   why there is no body
     guard      which addresses a request may go to
     manners    opt-outs, Retry-After, back-off
     outage     is the network gone?
@@ -51,7 +53,7 @@ __all__ = ["RAW_COLUMNS", "SUCCESS", "FetchResult", "run"]
 logger = logging.getLogger("cliptailor")
 
 # Raise it when the same responses would be stored otherwise than before.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 # Keys of FetchConfig that decide how fast and how patiently, not what is stored.
 MANNER_OF_FETCHING = frozenset(
     {

@@ -32,6 +32,7 @@ from curate.config import FetchConfig
 from curate.fetch import local, reuse
 from curate.fetch.budget import Budget
 from curate.fetch.decoding import Decoder, Journal
+from curate.fetch.failures import TransferError
 from curate.fetch.frontier import Errand, Frontier
 from curate.fetch.guard import Guard
 from curate.fetch.hosts import WHOLE, Hosts, Share
@@ -45,7 +46,6 @@ from curate.fetch.transfer import (
     Body,
     Page,
     Transfer,
-    TransferError,
     allow_open_files,
     open_session,
     parse_target,

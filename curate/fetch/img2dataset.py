@@ -52,12 +52,13 @@ from curate.fetch.engine import (
     _write_stats,
     _written_in_a_thread,
 )
+from curate.fetch.failures import TransferError
 from curate.fetch.guard import BlockedAddress, Guard
 from curate.fetch.img2dataset_errors import from_words, lookup_failed
 from curate.fetch.outage import Watch
 from curate.fetch.rows import SUCCESS, raw_schema
 from curate.fetch.task import ShardTask
-from curate.fetch.transfer import Body, TransferError, parse_target, reach
+from curate.fetch.transfer import Body, parse_target, reach
 from curate.ledger import Reason
 from curate.shards import ShardWriter
 

@@ -7,9 +7,9 @@ import socket
 import ssl
 import urllib.error
 
+from curate.fetch.failures import TransferError
 from curate.fetch.guard import BlockedAddress
 from curate.fetch.manners import MAY_PASS
-from curate.fetch.transfer import TransferError
 from curate.images import Rejected
 from curate.ledger import Reason
 

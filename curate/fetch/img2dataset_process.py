@@ -34,10 +34,11 @@ from typing import IO, Any
 from urllib.parse import urljoin
 
 from curate.config import AGENT, FetchConfig
+from curate.fetch.failures import TransferError
 from curate.fetch.guard import Guard
 from curate.fetch.img2dataset_errors import as_transfer_error
 from curate.fetch.manners import DIRECTIVES, opt_out
-from curate.fetch.transfer import TransferError, allow_open_files, parse_target, tls_context
+from curate.fetch.transfer import allow_open_files, parse_target, tls_context
 from curate.images import check_size, probe
 from curate.ledger import Reason
 

@@ -37,8 +37,9 @@ from protego import Protego
 from yarl import URL
 
 from curate.config import AGENT
+from curate.fetch.failures import TransferError
 from curate.fetch.origins import KEPT_S, open_origins
-from curate.fetch.transfer import Page, TransferError
+from curate.fetch.transfer import Page
 from curate.ledger import Reason
 
 # RFC 9309, 2.5: at least the first 500 kibibytes must be read.

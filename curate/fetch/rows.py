@@ -121,16 +121,18 @@ def _decoded(content: bytes, config: FetchConfig) -> Picture:
 
 def _looked_at(content: bytes, config: FetchConfig) -> Picture:
     """What the header says, and the bytes as they came; no pixel is decoded."""
-    from curate.images import check_end, check_size, probe
+    from curate.images import check_end, check_size, probe, upright
 
     header = probe(content)
     check_size(header, config.max_pixels, config.min_side)
     check_end(content, header)
+    width, height, exif = upright(content, header)
     facts = {
-        "width": header.width,
-        "height": header.height,
-        "original_width": header.width,
-        "original_height": header.height,
+        "width": width,
+        "height": height,
+        "original_width": width,
+        "original_height": height,
         "format": header.format,
+        "exif": exif,
     }
     return Picture(facts, content, _EXTENSIONS.get(header.format, header.format))

@@ -30,12 +30,14 @@ class Teller:
     def __init__(self, tasks: list[ShardTask]) -> None:
         import pyarrow.parquet as pq
 
-        self._total = sum(pq.read_metadata(task.plan).num_rows for task in tasks)
+        self._rows = {task.stem: pq.read_metadata(task.plan).num_rows for task in tasks}
+        self._total = sum(self._rows.values())
         self._seen: dict[Path, Counter[str]] = {task.stem: Counter() for task in tasks}
         self._bytes: dict[Path, int] = {task.stem: 0 for task in tasks}
         self._counts: Counter[str] = Counter()
         self._kept_seen: dict[Path, Counter[str]] = {task.stem: Counter() for task in tasks}
         self._kept: Counter[str] = Counter()
+        self._at_work: dict[Path, Mapping[str, Any]] = {}
         self._warned = False
 
     def __enter__(self) -> Teller:
@@ -66,6 +68,9 @@ class Teller:
         self._kept_seen[task.stem] |= Counter(said["kept"])
         self._bytes[task.stem] = max(self._bytes[task.stem], said["bytes"])
         self._counts += news
+        self._at_work[task.stem] = said
+        if sum(said["counts"].values()) == self._rows[task.stem]:
+            del self._at_work[task.stem]  # says no more
         self._advance.say(self._line(said))
         self._advance(news.total())
         self._warn_of_low_share()
@@ -77,11 +82,12 @@ class Teller:
             parts.append(f"{self._counts[SUCCESS] / done:.0%} ok")
         failed = Counter({reason: number for reason, number in self._counts.items() if reason != SUCCESS})
         parts += [f"{reason} {number:,}" for reason, number in failed.most_common(3)]
-        if hosts := said["throttled"]:
+        all_say = [*self._at_work.values(), said]  # each worker knows only the hosts that it asked
+        if hosts := sorted({host for one in all_say for host in one["throttled"]}):
             more = f" and {len(hosts) - MOST_HOSTS_SHOWN} more" if len(hosts) > MOST_HOSTS_SHOWN else ""
             parts.append(f"slowed down: {', '.join(hosts[:MOST_HOSTS_SHOWN])}{more}")
-        if said["paused"]:
-            parts.append(f"paused: no network for {said['paused']:.0f} s")
+        if paused_s := max(one["paused"] for one in all_say):
+            parts.append(f"paused: no network for {paused_s:.0f} s")
         return " · ".join(parts)
 
     def _warn_of_low_share(self) -> None:

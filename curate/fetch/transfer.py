@@ -12,10 +12,9 @@ import resource
 import socket
 import ssl
 import sys
-import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -27,9 +26,11 @@ from yarl import URL
 
 from curate.config import FetchConfig
 from curate.fetch.budget import Budget
-from curate.fetch.guard import BlockedAddress, Guard, GuardedResolver
+from curate.fetch.coding import ContentCoding
+from curate.fetch.failures import TransferError, failure
+from curate.fetch.guard import Guard, GuardedResolver
 from curate.fetch.manners import MAY_PASS, opt_out, retry_after_s
-from curate.images import SNIFF_BYTES, Rejected, refusal, sniff
+from curate.images import SNIFF_BYTES, refusal
 from curate.ledger import Reason
 
 T = TypeVar("T")
@@ -39,7 +40,6 @@ SMALL_BYTES = 128 << 10
 BODIES_BYTES = 24 << 20
 # An idle connection costs a socket and, with TLS, about 50 kB.
 KEEP_ALIVE_S = 5.0
-ZLIB = 8  # the low half of the first byte of zlib's frame
 ACCEPT = "image/jpeg, image/png, image/webp, image/gif, image/*;q=0.5, */*;q=0.1"
 # Wanted here because redirects to signed storage are long; aiohttp's own limit is 8190.
 MAX_HEADER_BYTES = 16_384
@@ -61,34 +61,6 @@ class Page:
     content: bytes
     redirect: URL | None = None
     retry_after_s: float | None = None
-
-
-class TransferError(Rejected):
-    """A URL that gave no body.
-
-    Attributes:
-        reason, value: as in the ledger.
-        http_status: of the last response, if there was one.
-        may_pass: whether another try can help.
-        retry_after_s: what the server asked to wait, in seconds.
-        is_network: whether no server was reached at all, which may be the network's fault and not the URL's.
-    """
-
-    def __init__(
-        self,
-        reason: Reason,
-        value: str = "",
-        *,
-        http_status: int | None = None,
-        may_pass: bool = False,
-        retry_after_s: float | None = None,
-        is_network: bool = False,
-    ) -> None:
-        super().__init__(reason, value)
-        self.is_network = is_network
-        self.http_status = http_status
-        self.may_pass = may_pass
-        self.retry_after_s = retry_after_s
 
 
 def tls_context() -> ssl.SSLContext:
@@ -187,13 +159,14 @@ class Transfer:
                 status = response.status
                 if status in REDIRECTS:
                     return Page(status, b"", redirect_target(response))
-                coding, content = ContentCoding(response.headers.get("Content-Encoding", "")), bytearray()
-                async for chunk in response.content.iter_any():
-                    content += coding.decode(chunk, room=limit - len(content))
-                    if len(content) >= limit:
-                        break
-                else:
-                    coding.check_complete()
+                coding, content = ContentCoding(response.headers.get("Content-Encoding", ""), limit), bytearray()
+                async with AsyncExitStack() as held:
+                    pieces = _pieces(response, coding, partial(self._hold, held))
+                    await held.enter_async_context(aclosing(pieces))
+                    async for piece in pieces:
+                        content += piece
+                        if len(content) >= limit:
+                            break
                 wait_s = retry_after_s(response.headers.get("Retry-After"), datetime.now(timezone.utc))
                 return Page(status, bytes(content[:limit]), None, wait_s)
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
@@ -224,29 +197,51 @@ class Transfer:
 
         A body that is, or becomes, large waits until there is memory for all that it may be.
         """
-        coding = ContentCoding(response.headers.get("Content-Encoding", ""))
         most = self.config.max_bytes
+        coding = ContentCoding(response.headers.get("Content-Encoding", ""), most)
         if coding.plain and 0 < (response.content_length or 0) <= min(SMALL_BYTES, most):
             small = await response.content.read()  # no larger than it says: the parser sees to that
             _check_start(small, response)
             return small
-        body, on_wire, sniffed, has_memory = bytearray(), 0, False, False
-        async for chunk in response.content.iter_any():
-            on_wire += len(chunk)
-            body += coding.decode(chunk, room=most - len(body))
+        body, sniffed, has_memory = bytearray(), False, False
+
+        async def hold(size: int) -> None:
+            nonlocal has_memory
+            if not has_memory:
+                has_memory = True
+                await deadline.not_counting(self._hold(held, size))
+
+        pieces = await held.enter_async_context(aclosing(_pieces(response, coding, hold)))
+        async for piece in pieces:
+            body += piece
             if not sniffed and len(body) >= SNIFF_BYTES:
                 sniffed = True
                 _check_start(body, response)
-            if max(len(body), on_wire) > most:
+            size = max(len(body), response.content.total_bytes)
+            if size > most:
                 raise TransferError(Reason.TOO_LARGE, f"over {most} bytes", http_status=200)
-            if not has_memory and max(len(body), response.content_length or 0) > SMALL_BYTES:
+            if max(size, response.content_length or 0) > SMALL_BYTES:
                 known = response.content_length if coding.plain else None
-                await deadline.not_counting(held.enter_async_context(self._bodies.hold(known or most)))
-                has_memory = True
-        coding.check_complete()
+                await hold(known or most)
         if not body:
             raise TransferError(Reason.EMPTY_BODY, http_status=200)
         return bytes(body)
+
+    async def _hold(self, held: AsyncExitStack, size: int) -> None:
+        await held.enter_async_context(self._bodies.hold(size))
+
+
+async def _pieces(
+    response: aiohttp.ClientResponse, coding: ContentCoding, hold: Callable[[int], Awaitable[None]]
+) -> AsyncIterator[bytes]:
+    """The body as it comes, decoded, in pieces that need no budget; `hold` waits for what it takes to unpack them."""
+    async for chunk in response.content.iter_any():
+        for piece in coding.pieces(chunk):
+            yield piece
+    if coding.takes_memory:
+        await hold(BODIES_BYTES)
+    for piece in coding.rest():
+        yield piece
 
 
 def _check_start(body: bytes | bytearray, response: aiohttp.ClientResponse) -> None:
@@ -296,52 +291,6 @@ class Deadline:
         self._expired = True
         if self._task:
             self._task.cancel()
-
-
-class ContentCoding:
-    """Undoes the Content-Encoding of servers that compress although asked for `identity`."""
-
-    def __init__(self, header: str) -> None:
-        self.name = header.strip().lower()
-        if self.name not in ("", "identity", "gzip", "x-gzip", "deflate"):
-            raise TransferError(Reason.BAD_RESPONSE, f"content-encoding {self.name}", http_status=200)
-        self._inflate = None if self.name in ("", "identity") else zlib.decompressobj(wbits=47)  # 47: gzip or zlib
-        self._started = False
-
-    @property
-    def plain(self) -> bool:
-        """Whether the bytes on the wire are the body's own, so that Content-Length is its length."""
-        return self._inflate is None
-
-    def check_complete(self) -> None:
-        """Do nothing if the encoded stream has come to its end.
-
-        Raises:
-            TransferError: it has not.
-        """
-        if self._inflate is not None and self._started and not self._inflate.eof:
-            raise TransferError(Reason.BROKEN_TRANSFER, "content encoding ends early", http_status=200, may_pass=True)
-
-    def decode(self, chunk: bytes, room: int) -> bytes:
-        """The decoded bytes of a chunk, at most one more than there is room for.
-
-        Raises:
-            TransferError: it is not encoded as it says.
-        """
-        if not self._started and self._inflate is not None:
-            if sniff(chunk) is not None:
-                self._inflate = None  # says that it is encoded, and is not
-            elif self.name == "deflate" and chunk[0] & 0x0F != ZLIB:
-                self._inflate = zlib.decompressobj(wbits=-15)  # without zlib's frame, as some servers understand it
-        self._started = True
-        if self._inflate is None:
-            return chunk
-        try:
-            return self._inflate.decompress(chunk, room + 1)
-        except zlib.error as error:
-            raise TransferError(
-                Reason.BAD_RESPONSE, f"content-encoding {self.name}: {error}", http_status=200
-            ) from error
 
 
 async def reach(address: tuple[str, int], guard: Guard, timeout_s: float) -> None:
@@ -400,49 +349,3 @@ def redirect_target(response: aiohttp.ClientResponse) -> URL:
         return parse_target(str(response.url.join(URL(location))))
     except ValueError as error:
         raise TransferError(Reason.BAD_RESPONSE, "redirect to no URL", http_status=response.status) from error
-
-
-def failure(error: Exception, status: int | None) -> TransferError:
-    """What an exception of aiohttp, the socket or the resolver means for a row."""
-    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-    if isinstance(cause, BlockedAddress):
-        return TransferError(Reason.BLOCKED_ADDRESS, cause.address, http_status=status)
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        unknown = error.os_error.errno in (socket.EAI_NONAME, socket.EAI_NODATA)
-        value = "no such host" if unknown else _words(cause)
-        return TransferError(Reason.DNS, value, may_pass=not unknown, is_network=True)
-    if isinstance(error, aiohttp.ClientSSLError):
-        return TransferError(Reason.TLS, _words(cause))
-    if isinstance(error, asyncio.TimeoutError):
-        phase = _phase(error, status)
-        return TransferError(Reason.TIMEOUT, phase, http_status=status, may_pass=True, is_network=phase == "connect")
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return TransferError(Reason.CONNECT, _words(cause), may_pass=True, is_network=True)
-    return _broken(error, status)
-
-
-def _broken(error: Exception, status: int | None) -> TransferError:
-    """What an exception means that came after the connection."""
-    if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ClientConnectionError | OSError):
-        where = "before the answer" if status is None else "in the body"
-        return TransferError(Reason.BROKEN_TRANSFER, where, http_status=status, may_pass=True)
-    if isinstance(error, aiohttp.ClientError) and not isinstance(error, aiohttp.InvalidURL):
-        message = str(getattr(error, "message", "")) or type(error).__name__
-        return TransferError(Reason.BAD_RESPONSE, message.splitlines()[0].rstrip(":"), http_status=status)
-    return TransferError(Reason.BAD_URL, type(error).__name__)
-
-
-def _words(error: Exception) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return error.verify_message
-    if isinstance(error, ssl.SSLError) and error.reason:
-        return error.reason.replace("_", " ").lower()
-    return getattr(error, "strerror", None) or type(error).__name__
-
-
-def _phase(error: BaseException, status: int | None) -> str:
-    if isinstance(error, aiohttp.ConnectionTimeoutError):
-        return "connect"
-    if isinstance(error, aiohttp.SocketTimeoutError):
-        return "first byte" if status is None else "stall"
-    return "total"

@@ -8,7 +8,7 @@ storing    pixels → bytes
 signals    what pixels tell
 """
 
-from curate.images.decoding import Decoded, decode
+from curate.images.decoding import Decoded, decode, upright
 from curate.images.header import (
     SNIFF_BYTES,
     Header,
@@ -46,4 +46,5 @@ __all__ = [
     "resized",
     "sniff",
     "store",
+    "upright",
 ]

@@ -48,6 +48,9 @@ _LONGEST_EXIF_TEXT = 100
 _LARGEST_NOTE = 256 << 10
 _LARGEST_UNPACKED = 1 << 20
 _NOTES, _PACKED = (b"zTXt", b"iTXt", b"tEXt", b"iCCP"), (b"iCCP", b"zTXt")
+_WEBP_NOTES = 0x0C  # the bits of VP8X that say: EXIF, XMP
+# Pillow gives these upright, size and pixels; what the boxes of an AVIF say of rotation it gives as EXIF.
+_UPRIGHT_ALREADY = ("tiff", "heic")
 _NO_RESIZE = Resize()
 # Pillow tells of broken EXIF and TIFFs, in the middle of a progress bar; the first just say nothing of the picture, and
 # the others are rows with a reason.
@@ -121,8 +124,7 @@ def _decode_jpeg(content: bytes, header: Header, resize: Resize) -> Decoded:
     in_one_scan = not header.coefficients and in_scan == _COMPONENTS.get(colours, 3)
     if not in_one_scan and content.count(b"\xff\xda") > MAX_SCANS:
         raise Rejected(Reason.CORRUPT_IMAGE, f"jpeg: over {MAX_SCANS} scans")
-    told = b"Exif\0\0" in head or b"ICC_PROFILE\0" in head
-    orientation, exif, profile = _told(content) if told else (1, None, None)
+    orientation, exif, profile = _told(content) if _has_notes(head) else (1, None, None)
     if colours in ("CMYK", "YCCK"):
         with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
             rgb, plain = to_rgb(image)
@@ -143,6 +145,10 @@ def _before_scan(content: bytes) -> tuple[bytes, int]:
             return content[:place], content[place + 4]
         place += 1 if code == 0xFF else 2 + int.from_bytes(content[place + 2 : place + 4], "big")
     return content[:place], 0
+
+
+def _has_notes(head: bytes) -> bool:
+    return b"Exif\0\0" in head or b"ICC_PROFILE\0" in head
 
 
 def _told(content: bytes) -> tuple[int, str | None, bytes | None]:
@@ -168,10 +174,45 @@ def _turbo(content: bytes, header: Header, resize: Resize) -> RGB:
         return simplejpeg.decode_jpeg(content, "RGB", strict=False, **size)
 
 
-def _exif(image: Image.Image) -> tuple[int, str | None]:
+def upright(content: bytes, header: Header) -> tuple[int, int, str | None]:
+    """Width and height as `decode` gives them, and the facts of the EXIF; no pixel is decoded."""
+    try:
+        orientation, exif = _notes(content, header.format)
+    except Exception:  # noqa: BLE001 - broken notes say nothing; what is wrong with the picture is not asked here
+        orientation, exif = 1, None
+    size = (header.width, header.height)
+    return *(size if orientation < 5 else size[::-1]), exif
+
+
+def _notes(content: bytes, kind: str) -> tuple[int, str | None]:
+    """Orientation and EXIF facts, from what stands around the pixels."""
+    if kind == "jpeg":
+        return _told(content)[:2] if _has_notes(_before_scan(content)[0]) else (1, None)
+    if kind in ("gif", "bmp") or (kind == "webp" and not (content[12:16] == b"VP8X" and content[20] & _WEBP_NOTES)):
+        return 1, None
+    content = _without_large_notes(content) if kind == "png" else content
+    with open_image(content, kind) as image:
+        if kind == "png" and "exif" not in image.info and (late := _png_exif(content)):
+            image.info["exif"] = late
+        orientation, exif = _exif(image, may_decode=False)
+    return (1 if kind in _UPRIGHT_ALREADY else orientation), exif
+
+
+def _png_exif(content: bytes) -> bytes | None:
+    """The EXIF of a PNG wherever it stands; Pillow would decode the pixels to come to what is behind them."""
+    place = 8
+    while place + 8 <= len(content):
+        end = place + 12 + int.from_bytes(content[place : place + 4], "big")
+        if content[place + 4 : place + 8] == b"eXIf":
+            return b"Exif\0\0" + content[place + 8 : end - 4]
+        place = end
+    return None
+
+
+def _exif(image: Image.Image, *, may_decode: bool = True) -> tuple[int, str | None]:
     """The orientation (1 to 8), and the facts worth keeping as JSON."""
     try:
-        read = image.getexif()
+        read = image.getexif() if may_decode else Image.Image.getexif(image)  # a PNG's own decodes
         camera = read.get_ifd(_EXIF_IFD) if _EXIF_IFD in read else {}
         found = {name: read[tag] for tag, name in _EXIF_TAGS.items() if tag in read}
         found |= {name: camera[tag] for tag, name in _EXIF_CAMERA_TAGS.items() if tag in camera}
@@ -221,9 +262,8 @@ def _decode_other(content: bytes, header: Header, max_pixels: int) -> Decoded:
         check_size(replace(header, width=image.size[0], height=image.size[1]), max_pixels)
         if header.format == "png":
             image.load()  # getexif would, and a second load of broken pixels is silent and black
-        # Pillow has turned AVIF and HEIC upright already.
         orientation, exif = _exif(image)
-        orientation = 1 if header.format in ("avif", "heic") else orientation
+        orientation = 1 if header.format in _UPRIGHT_ALREADY else orientation
         animated = header.format in ("png", "webp") and getattr(image, "n_frames", 1) > 1
         if image.mode == "F":
             raise Rejected(Reason.UNSUPPORTED_IMAGE, f"{header.format} of floating-point numbers")

@@ -12,7 +12,8 @@ import trustme
 from aiohttp.abc import AbstractResolver
 from yarl import URL
 
-from curate.fetch.transfer import Transfer, TransferError, open_session, parse_target
+from curate.fetch.failures import TransferError
+from curate.fetch.transfer import Transfer, open_session, parse_target
 from curate.ledger import Reason
 from tests.curate.fetching import impatient, jpeg
 from tests.webserver import WebServer, after, gzipped, page, raw, redirect

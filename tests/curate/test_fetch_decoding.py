@@ -10,6 +10,7 @@ from PIL import Image
 import curate.fetch.decoding
 from curate.config import FetchConfig
 from curate.fetch.decoding import AT_ONCE_BYTES, SLOT_BYTES, THREADS, Decoder, journal_of
+from curate.fetch.rows import picture
 from curate.fetch.transfer import Body
 
 KEY = "0123456789abcdef0123"
@@ -65,3 +66,14 @@ def test_where_nothing_is_decoded_the_size_of_the_body_decides(tmp_path, monkeyp
     body = content[:33] + bytes(padding) + content[33:]
     _, seen = picture_of(tmp_path, monkeypatch, body, config)
     assert seen["on_loop"] is on_loop
+
+
+def test_where_nothing_is_decoded_sizes_are_upright_all_the_same():
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    content = encoded((64, 48), format="JPEG", exif=turned)
+    plain = picture(content, 200, FetchConfig(decode=False, resize_mode="no"))
+    decoded = picture(content, 200, FetchConfig(resize_mode="no"))
+    names = ("width", "height", "original_width", "original_height", "exif", "aspect")
+    assert [plain.facts[name] for name in names] == [decoded.facts[name] for name in names]
+    assert (plain.facts["width"], plain.facts["height"], plain.content) == (48, 64, content)

@@ -58,6 +58,23 @@ def test_slowed_hosts_and_an_outage_are_shown_while_they_last(tasks, clock, capl
     assert over.endswith("100% ok")
 
 
+def test_slowed_hosts_and_an_outage_are_those_of_all_workers(tasks, clock, caplog):
+    caplog.set_level(logging.INFO, logger="cliptailor")
+    with Teller(tasks) as teller:
+        teller.report(tasks[0], said({"success": 1}, throttled=["c.org", "a.org"], paused=40.0))
+        clock.seconds += 40
+        teller.report(tasks[1], said({"success": 1}, throttled=["b.org", "a.org"], paused=3.0))
+        clock.seconds += 40
+        teller.report(tasks[1], said({"success": 2}))
+        teller.report(tasks[0], said({"success": ENOUGH_ROWS}, throttled=["c.org"]))  # this shard is over
+        clock.seconds += 40
+        teller.report(tasks[1], said({"success": 3}))
+    both, one, none = caplog.messages
+    assert both.endswith("slowed down: a.org, b.org, c.org · paused: no network for 40 s")
+    assert one.endswith("slowed down: a.org, c.org · paused: no network for 40 s")
+    assert none.endswith("100% ok")
+
+
 def test_a_shard_that_is_tried_again_is_not_counted_twice(tasks, clock, caplog):
     caplog.set_level(logging.INFO, logger="cliptailor")
     with Teller(tasks) as teller:

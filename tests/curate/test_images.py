@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 from sklearn.datasets import load_sample_images
 
-from curate.images import Rejected, Resize, decode, probe
+from curate.images import Rejected, Resize, decode, probe, upright
 from curate.ledger import Reason
 
 MANY = 50_000_000
@@ -194,17 +194,43 @@ def test_rubbish_after_the_image_is_borne():
 # --- pixels as a viewer shows them -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_applied_as_pillow_does(kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    content = encoded(CHINA[:200, :300], kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    more = {"WEBP": {"lossless": True}, "AVIF": {"quality": 90}}.get(kind, {})
+    content = encoded(CHINA[:200, :300], kind, exif=exif, **more)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
     decoded = decode(content, max_pixels=MANY)
     assert (decoded.height, decoded.width) == expected.shape[:2] == decoded.rgb.shape[:2]
     assert mean_difference(decoded.rgb, expected) < 1
-    assert decoded.plain == (orientation == 1)
+    assert decoded.plain == (orientation == 1 and kind not in ("TIFF", "AVIF"))
+    assert upright(content, probe(content)) == (decoded.width, decoded.height, decoded.exif)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "HEIF"])
+def test_the_upright_size_and_the_exif_need_no_pixel(kind):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0110] = 6, "Box Brownie"
+    content = bytearray(encoded(CHINA[:200, :300], kind, exif=exif.tobytes()))
+    assert upright(bytes(content), probe(content))[2] == decode(bytes(content), max_pixels=MANY).exif
+    decoded = decode(bytes(content), max_pixels=MANY)
+    if kind == "PNG":  # with the notes behind the pixels, and these broken
+        start = content.index(b"eXIf") - 4
+        notes = content[start : start + 12 + int.from_bytes(content[start : start + 4], "big")]
+        content = content.replace(notes, b"").replace(b"\0\0\0\0IEND", notes + b"\0\0\0\0IEND")
+        assert decode(bytes(content), max_pixels=MANY).exif == decoded.exif
+        pixels = content.index(b"IDAT")
+        content[pixels + 10 : pixels + 40] = b"\xff" * 30
+    assert upright(bytes(content), probe(bytes(content))) == (decoded.width, decoded.height, decoded.exif)
+    assert (decoded.width, decoded.height) == (200, 300)
+    assert json.loads(decoded.exif) == {"Model": "Box Brownie", "Orientation": 6 if kind != "HEIF" else 1}
+
+
+def test_notes_that_cannot_be_read_leave_the_size_as_it_is():
+    content = encoded(CHINA[:20, :30], exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xff" * 200)
+    assert upright(content, probe(content)) == (30, 20, None)
 
 
 def test_sixteen_bit_grey_is_scaled_and_not_clipped():
@@ -313,7 +339,7 @@ def swapped_profile():
     return bytes(profile)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_colours_under_a_profile_become_srgb(kind):
     red = Image.new("RGB", (40, 30), (200, 40, 40))
     decoded = decode(encoded(red, kind, icc_profile=swapped_profile()), max_pixels=MANY)

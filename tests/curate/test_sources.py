@@ -3,7 +3,15 @@
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
+import threading
+from hashlib import sha1
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+from urllib.parse import unquote, urlsplit
 
 import fsspec
 import pyarrow as pa
@@ -96,6 +104,90 @@ def test_a_remote_list_that_is_not_there_is_told_in_one_line(bucket, tmp_path, u
     assert str(error.value).startswith(urls)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face Hub as lists need: one dataset, `me/lists`, its tree and its files."""
+
+    protocol_version = "HTTP/1.1"
+    files: ClassVar = {f"crawl/{n}.csv": f"url,caption\nhttp://a.test/{n},picture {n}\n".encode() for n in range(2)}
+    folder: ClassVar = {"type": "directory", "path": "crawl", "oid": "2"}
+    api = "/api/datasets/me/lists"
+
+    def do_GET(self):
+        path = urlsplit(self.path).path.rstrip("/")
+        if path == self.api:
+            self.answer({"_id": "1", "id": "me/lists", "sha": "0" * 40, "private": False, "tags": [], "siblings": []})
+        elif path.startswith(f"{self.api}/tree/main"):
+            below = unquote(path.removeprefix(f"{self.api}/tree/main")).strip("/")
+            inside = [self.entry(name) for name in self.files if below in ("", "crawl")]
+            self.answer(inside if below or "recursive=true" in self.path.lower() else [self.folder])
+        elif content := self.files.get(path.removeprefix("/datasets/me/lists/resolve/main/")):
+            first, last = (self.headers.get("Range", "bytes=0-99999")).removeprefix("bytes=").split("-")
+            self.answer(content[int(first) : int(last) + 1], 206)
+        else:
+            self.answer({"error": "Entry not found"}, 404)
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
+        found = [self.entry(name) for name in self.files if name in asked]
+        self.answer(found + [self.folder] * ("crawl" in asked))
+
+    do_HEAD = do_GET  # noqa: N815 - as http.server calls it
+
+    def entry(self, name):
+        return {"type": "file", "path": name, "oid": sha1(self.files[name]).hexdigest(), "size": len(self.files[name])}
+
+    def answer(self, what, status=200):
+        content = what if isinstance(what, bytes) else json.dumps(what).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Type", "application/json")
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+FIND = """
+import sys
+from pathlib import Path
+from curate.errors import InputError
+from curate.sources import find
+for urls in sys.argv[2:]:
+    try:
+        print([path.read_text() for path in find(urls, Path(sys.argv[1])).paths])
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_lists_are_read_from_the_hugging_face_hub(tmp_path):
+    # In a process of its own: the library reads HF_ENDPOINT when it is imported.
+    at = "hf://datasets/me/lists"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": "",
+            "HF_HOME": str(tmp_path),
+        }
+        lists = (f"{at}/crawl/1.csv", f"{at}/crawl", f"{at}/crawl/*.csv", f"{at}/nothing.csv")
+        command = [sys.executable, "-c", FIND, str(tmp_path / "cache"), *lists]
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+        hub.shutdown()
+    one, *all_of_it, nothing = said.stdout.splitlines()
+    texts = [content.decode() for content in Hub.files.values()]
+    assert one == str(texts[1:])
+    assert all_of_it == [str(texts)] * 2
+    assert nothing.startswith(f"{at}/nothing.csv: cannot be read: ")
 
 
 def test_a_driver_that_is_missing_is_named_with_the_command_that_installs_it(tmp_path):

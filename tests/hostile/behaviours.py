@@ -28,7 +28,9 @@ from tests.webserver import (
     endless_headers,
     gzipped,
     head,
+    in_coding,
     one_after_another,
+    packed,
     page,
     raw,
     reset,
@@ -40,6 +42,7 @@ SECRET = "hunter2"
 SHARED = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
 USUAL = "http://{host}:{http}/{name}/{n}.jpg"
 IMAGE = jpeg()
+BROTLI = in_coding(IMAGE, "br")
 OK = page(IMAGE)
 
 
@@ -188,6 +191,9 @@ def _servers() -> list[Case]:
         Case("until-close", behaviour=until_close(IMAGE)),
         Case("gzipped", behaviour=gzipped(IMAGE)),
         Case("deflated", behaviour=page(zlib.compress(IMAGE), headers={"Content-Encoding": "deflate"})),
+        Case("brotli", behaviour=packed(IMAGE, "br")),
+        Case("zstd", behaviour=packed(IMAGE, "zstd")),
+        Case("says-brotli", behaviour=page(IMAGE, headers={"Content-Encoding": "br"})),
         Case("says-gzip", behaviour=page(IMAGE, headers={"Content-Encoding": "gzip"})),
         Case("wrong-type", behaviour=page(IMAGE, type_="text/html")),
         Case("control-characters", behaviour=raw(b"HTTP/1.1 200 OK\r\nX-Bad: a\tb\xff\r\n\r\n" + IMAGE)),
@@ -209,7 +215,11 @@ def _servers() -> list[Case]:
         _bad("bad-chunks", (R.BAD_RESPONSE, R.BROKEN_TRANSFER), raw(chunked + b"zz\r\n" + IMAGE)),
         _bad("gzip-bomb", R.TOO_LARGE, bomb()),
         _bad("deflate-rubbish", R.BAD_RESPONSE, page(b"\x78\xff" * 400, headers={"Content-Encoding": "deflate"})),
-        _bad("brotli", R.BAD_RESPONSE, page(IMAGE, headers={"Content-Encoding": "br"})),
+        _bad("brotli-bomb", R.TOO_LARGE, packed(IMAGE + bytes(100_000_000), "br")),
+        _bad("brotli-cut", R.BROKEN_TRANSFER, page(BROTLI[:600], headers={"Content-Encoding": "br"})),
+        _bad("zstd-bomb", R.TOO_LARGE, packed(IMAGE + bytes(100_000_000), "zstd")),
+        _bad("zstd-rubbish", R.BAD_RESPONSE, page(b"?" * 400, headers={"Content-Encoding": "zstd"})),
+        _bad("lzma", R.BAD_RESPONSE, page(b"?" * 400, headers={"Content-Encoding": "lzma"}), value="content-enc"),
         _bad("gzip-cut", R.BROKEN_TRANSFER, page(gzip.compress(IMAGE)[:600], headers={"Content-Encoding": "gzip"})),
         _bad("reset", R.BROKEN_TRANSFER, reset()),
         _bad("reset-in-body", R.BROKEN_TRANSFER, reset(head(headers={"Content-Length": "5000"}) + IMAGE[:400])),
