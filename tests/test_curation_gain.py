@@ -90,7 +90,7 @@ def test_parts_of_a_crawl_lie_within_each_other(crawled):
         parts = [data_scaling.part(crawled, arm, fraction, 0) for fraction in data_scaling.FRACTIONS]
         assert all(set(small) <= set(large) for small, large in pairwise(parts))
         assert parts[-1] == curation_gain.keys(crawled, arm, 0)
-        assert data_scaling.part(crawled, arm, 0.5, 1) != parts[3]
+        assert data_scaling.part(crawled, arm, 0.5, 1) != parts[2]
     assert len(data_scaling.part(crawled, "uncurated", 0.25, 0)) == 23
     assert set(data_scaling.part(crawled, "curated", 0.5, 0)) <= set(data_scaling.part(crawled, "uncurated", 0.5, 0))
 
