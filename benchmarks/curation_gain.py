@@ -187,7 +187,8 @@ def start(setting: Setting) -> None:
     for number, pair in enumerate(pairs(setting.food, TESTS * len(setting.food), seed=300)):
         folder = setting.work / "exam" / pair.concept.lower()
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number:05d}.jpg").write_bytes(jpeg(pair.image, 95))
+        if not (folder / f"{number:05d}.jpg").exists():
+            (folder / f"{number:05d}.jpg").write_bytes(jpeg(pair.image, 95))
 
 
 def crawl(setting: Setting, junk: float) -> Crawl:
@@ -257,7 +258,7 @@ def score(setting: Setting, crawled: Crawl, name: str, chosen: Sequence[str], se
     run = setting.work / "runs" / f"{crawled.folder.parent.name}, {name}, seed {seed}, {setting.steps} steps"
     if not (run / "evaluation.json").exists():
         run.parent.mkdir(exist_ok=True)
-        path = quality.write_yaml(run.with_suffix(".yaml"), training(setting, crawled, chosen, seed, run))
+        path = quality.write_yaml(run.with_name(f"{run.name}.yaml"), training(setting, crawled, chosen, seed, run))
         fit(read_config(path, FitConfig), restart=True)
         shutil.rmtree(run / "checkpoints")
     value: float = json.loads((run / "evaluation.json").read_text())[when][METRIC]["value"]
