@@ -45,7 +45,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from statistics import mean, stdev
@@ -147,6 +147,7 @@ def main() -> None:
         for other in ("uncurated", "random"):
             figures |= gain(f"gain_vs_{other}", found["curated"], found[other])
         figures |= {f"score_{arm.strip('+ ').replace(' ', '_')}": round(mean(found[arm]), 4) for arm in ARMS}
+        figures["start"] = round(score(setting, typical, "curated", [], 0, "before"), 4)
         if not quick:
             figures["gain_by_junk"] = sweep(setting)
     print(json.dumps(figures))
@@ -259,7 +260,8 @@ def score(setting: Setting, crawled: Crawl, name: str, chosen: Sequence[str], se
     if not (run / "evaluation.json").exists():
         run.parent.mkdir(exist_ok=True)
         path = quality.write_yaml(run.with_name(f"{run.name}.yaml"), training(setting, crawled, chosen, seed, run))
-        fit(read_config(path, FitConfig), restart=True)
+        with run.with_name(f"{run.name}.log").open("w") as log, redirect_stderr(log):
+            fit(read_config(path, FitConfig), restart=True)
         shutil.rmtree(run / "checkpoints")
     value: float = json.loads((run / "evaluation.json").read_text())[when][METRIC]["value"]
     return value

@@ -6,10 +6,10 @@
 
 The crawl, the CLIP, the training and the figure of curation_gain.py (70 % of the rows are junk). Of the crawl an
 eighth, a quarter, half, three quarters and all are taken, each a part of the next, drawn anew for each seed;
-`uncurated` trains on all that arrived of it, `curated` on what `curate build` keeps of that. Every training sees the same number of
-samples: with fewer pairs, each more often. `worth`: as many uncurated pairs reach what the curated ones of a size do,
-by a line between the sizes; null where no number of them does. The last line is one JSON object, with the two curves:
-[pairs, recall@1, standard deviation over the seeds].
+`uncurated` trains on all that arrived of it, `curated` on what `curate build` keeps of that. Every training sees the
+same number of samples: with fewer pairs, each more often. `worth`: as many uncurated pairs reach what the curated ones
+of a size do, by a line between the sizes; null where no number of them does. The last line is one JSON object, with the
+two curves: [pairs, recall@1, standard deviation over the seeds].
 """
 
 from __future__ import annotations
