@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -28,6 +28,18 @@ OTHER = {
     "HOUSE BUILDING": "building", "CACTUS": "plant", "SOCCER BALL": "sport", "BICYCLE": "vehicle", "CAT FACE": "animal",
     "UMBRELLA": "tool", "TRUMPET": "instrument", "JEANS": "clothing", "OFFICE BUILDING": "building", "TULIP": "plant",
     "TROPHY": "sport",
+}  # fmt: skip
+# More of the world, by code points (Unicode 13, whose names every Python here knows).
+GROUPS = {
+    "food": ((0x1F32D, 0x1F32F), (0x1F336, 0x1F336), (0x1F33D, 0x1F33D), (0x1F345, 0x1F37C), (0x1F950, 0x1F96F),
+             (0x1F9C0, 0x1F9CB), (0x1FAD0, 0x1FAD6)),
+    "animal": ((0x1F400, 0x1F43E), (0x1F980, 0x1F9AE)),
+    "plant": ((0x1F331, 0x1F335), (0x1F337, 0x1F33C), (0x1F33E, 0x1F343)),
+    "vehicle": ((0x1F680, 0x1F6A3), (0x1F6F4, 0x1F6FC)),
+    "clothing": ((0x1F451, 0x1F461),),
+    "building": ((0x1F3E0, 0x1F3F0),),
+    "instrument": ((0x1F3B7, 0x1F3BB),),
+    "tool": ((0x1F4BB, 0x1F4E1), (0x1F4F7, 0x1F4FD), (0x1F526, 0x1F52E), (0x1F9EA, 0x1F9FF)),
 }  # fmt: skip
 COLOURS = {
     "white": (250, 250, 250),
@@ -106,10 +118,26 @@ def pairs(concepts: Sequence[str], count: int, seed: int) -> list[Pair]:
     return [_pair(concepts[number % len(concepts)], random) for number in range(count)]
 
 
-def make_mix(scale: float = 1.0, seed: int = 0, food: Sequence[str] = FOOD, other: Sequence[str] = tuple(OTHER)) -> Mix:
-    """The mix, with `scale` times COUNTS; `food` is the domain, `other` what else the CLIP knows."""
+def concepts(*groups: str) -> tuple[str, ...]:
+    """The concepts of these GROUPS that OpenMoji draws, in code point order within each."""
+    from fontTools.ttLib import TTFont
+
+    with TTFont(emoji_font()) as font:
+        drawn = font.getBestCmap()
+    ranges = [span for group in groups for span in GROUPS[group]]
+    return tuple(unicodedata.name(chr(code)) for low, high in ranges for code in range(low, high + 1) if code in drawn)
+
+
+def make_mix(
+    scale: float = 1.0,
+    seed: int = 0,
+    food: Sequence[str] = FOOD,
+    other: Sequence[str] = tuple(OTHER),
+    shares: Mapping[str, float] = COUNTS,
+) -> Mix:
+    """The mix, with `scale` times `shares` rows of each kind; `food` is the domain, `other` what else there is."""
     random = np.random.default_rng(seed)
-    counts = {kind: max(4, round(count * scale)) for kind, count in COUNTS.items()}
+    counts = {kind: max(4, round(shares[kind] * scale)) for kind in COUNTS}
     test = pairs(food, counts["leak, same file"] + counts["leak, re-encoded"], seed + 1)
     test_bodies = {f"{number}.jpg": jpeg(pair.image) for number, pair in enumerate(test)}
     made: list[tuple[bytes, str, str, int]] = []
@@ -168,8 +196,16 @@ def edited(image: Image.Image, random: np.random.Generator) -> bytes:
 def _pair(concept: str, random: np.random.Generator) -> Pair:
     colour = str(random.choice(list(COLOURS)))
     words = CAPTIONS[random.integers(len(CAPTIONS))]
-    caption = words.format(concept=concept.lower(), kind=OTHER.get(concept, "food"), colour=colour)
+    caption = words.format(concept=concept.lower(), kind=_kind(concept), colour=colour)
     return Pair(concept, _drawing(concept, COLOURS[colour], random), caption)
+
+
+@cache
+def _kind(concept: str) -> str:
+    if concept in FOOD or concept in OTHER:
+        return OTHER.get(concept, "food")
+    code = ord(unicodedata.lookup(concept))
+    return next(kind for kind, spans in GROUPS.items() if any(low <= code <= high for low, high in spans))
 
 
 def _drawing(concept: str, colour: tuple[int, int, int], random: np.random.Generator) -> Image.Image:
