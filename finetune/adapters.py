@@ -30,9 +30,13 @@ LINEARS = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "out", "c_fc": "fc", "c_proj": "proj",
     "fc1": "fc", "fc2": "proj",
 }  # fmt: skip
-PACKED = {"q", "k", "v"}  # timm's `qkv` is all three in one layer
-# The last linear map of a tower: a matrix or layer of open_clip's, a ResNet's attention pool's, a timm trunk's.
-PROBED = r"(visual\.proj|(text\.)?text_projection|text\.proj|visual\.attnpool\.c_proj|visual\.head\.(proj|mlp))\b"
+PACKED = {"q", "k", "v"}  # the `qkv` of timm's other towers is all three in one layer
+# The last linear map of a tower: a matrix or layer of open_clip's, a ResNet's attention pool's, a timm trunk's; SigLIP
+# has nothing behind its attention pool, whose own last layer it is.
+PROBED = (
+    r"(visual\.proj|(text\.)?text_projection|text\.proj|visual\.attnpool\.c_proj|visual\.head\.(proj|mlp)"
+    r"|visual\.trunk\.attn_pool\.mlp\.fc2|visual\.trunk\.head(\.fc)?)\b"
+)
 OPENED = {"visual.proj.linear", "text_projection.linear", "text.text_projection.linear", "visual.head.proj"}
 
 
@@ -141,7 +145,7 @@ def lora_target(name: str, module: nn.Module) -> str | None:
     parent, _, last = name.rpartition(".")
     if name in OPENED:
         return "projection"
-    if parent.endswith("attnpool"):
+    if parent.endswith((".attnpool", ".attn_pool")):
         return "pool"
     if parent.endswith(".attn") and last in ("qkv", "proj"):  # timm's
         return {"qkv": "qkv", "proj": "out"}[last]
@@ -194,7 +198,7 @@ def _target_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
     if absent := [target for target, names in found.items() if not names]:
         raise ModelError(
             f"model.adapter.targets: '{absent[0]}' names no layer of this CLIP's trained towers; leave it out"
-            + ("" if is_resnet else " (conv and pool are a ResNet's)")
+            + ("" if is_resnet else " (conv is a ResNet's, pool a ResNet's or SigLIP's)")
         )
     return list(dict.fromkeys(name for names in found.values() for name in names))
 

@@ -43,6 +43,7 @@ __all__ = [
     "is_openai_archive",
     "load",
     "load_clip",
+    "rebuild",
     "weights_fingerprint",
 ]
 logger = logging.getLogger("cliptailor")
@@ -256,27 +257,62 @@ def _from_open_clip(name: str, architecture: str, weights: str | None, tokenizer
     )
 
 
+def rebuild(
+    name: str, model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any], tokenizer: HFTokenizer | None = None
+) -> Clip:
+    """A CLIP from what `Clip.architecture` and `Clip.preprocess_cfg` said of it, with random weights, on the CPU.
+
+    Args:
+        name: what it is called.
+        model_cfg: open_clip's model configuration.
+        preprocess_cfg: open_clip's preprocessing configuration.
+        tokenizer: None: the one that the configuration names; without one CLIP's own BPE.
+    """
+    text_cfg = model_cfg["text_cfg"]
+    if tokenizer is None and text_cfg.get("hf_tokenizer_name"):
+        tokenizer = tokens.read_tokenizer(text_cfg["hf_tokenizer_name"], text_cfg)
+    return _assembled(name, Source(model_cfg, preprocess_cfg, None, tokenizer))
+
+
 def _assembled(name: str, source: Source) -> Clip:
     """A CLIP of a configuration that open_clip has no name for; OpenAI's preprocessing where none is given."""
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    given = timm_towers.named(source.model_cfg)
-    kind = open_clip.CustomTextCLIP if given.get("custom_text") else open_clip.CLIP
-    model = kind(**{key: value for key, value in given.items() if key != "custom_text"})
+    model = _built(timm_towers.named(source.model_cfg))
     if source.state is not None:
         model.load_state_dict(source.state)
     preprocess = PreprocessCfg(**({"size": model.visual.image_size} | source.preprocess_cfg))
     open_clip.set_model_preprocess_cfg(model, asdict(preprocess))
-    context_length = source.model_cfg["text_cfg"].get("context_length", 77)
+    text_cfg = {"context_length": 77} | source.model_cfg["text_cfg"]
     return Clip(
         model=model,
         preprocess=image_transform_v2(preprocess, is_train=False),
-        tokenizer=source.tokenizer or open_clip.SimpleTokenizer(context_length=context_length),
+        tokenizer=source.tokenizer
+        or open_clip.SimpleTokenizer(
+            context_length=text_cfg["context_length"], **(text_cfg.get("tokenizer_kwargs") or {})
+        ),
         name=name,
         architecture=source.model_cfg,
         preprocess_cfg=asdict(preprocess),
     )
+
+
+def _built(model_cfg: dict[str, Any]) -> Any:
+    """open_clip's model of a configuration, as `open_clip.create_model` chooses it, without anybody's weights."""
+    import open_clip
+
+    text_cfg, vision_cfg = dict(model_cfg["text_cfg"]), dict(model_cfg["vision_cfg"])
+    is_custom = model_cfg.get("custom_text") or "hf_model_name" in text_cfg
+    if "hf_model_name" in text_cfg:
+        text_cfg["hf_model_pretrained"] = False
+    if "timm_model_name" in vision_cfg:
+        vision_cfg["timm_model_pretrained"] = False
+    kind = (
+        open_clip.CoCa if "multimodal_cfg" in model_cfg else open_clip.CustomTextCLIP if is_custom else open_clip.CLIP
+    )
+    given = model_cfg | {"text_cfg": text_cfg, "vision_cfg": vision_cfg}
+    return kind(**{key: value for key, value in given.items() if key != "custom_text"})
 
 
 def _openai_state(path: str) -> dict[str, torch.Tensor] | None:
