@@ -128,7 +128,7 @@ def read_folder(folder: Path, config: Mapping[str, Any]) -> Source:
         "embed_dim": trunk.width,
         "init_logit_bias": float(state["logit_bias"].float().item()),
         "custom_text": True,
-        "vision_cfg": {"image_size": trunk.image_size, "timm_pool": "map", "timm_proj": "none"} | _timm(trunk),
+        "vision_cfg": {"image_size": trunk.image_size, "timm_pool": "map", "timm_proj": "none"} | timm_cfg(trunk),
         "text_cfg": _text_cfg(text, folder.name, trunk.width),
     }
     return Source(
@@ -246,6 +246,28 @@ def trunk_of(model: nn.Module) -> Trunk:
     )
 
 
+def timm_cfg(trunk: Trunk) -> dict[str, Any]:
+    """Which of timm's architectures a tower is, or which one with what changed: keys of open_clip's `vision_cfg`."""
+    import timm
+    import torch
+
+    for name in timm.list_models(f"vit_*_patch{trunk.patch_size}_siglip_{trunk.image_size}"):
+        with torch.device("meta"):
+            built = torch.nn.ModuleDict({"trunk": timm.create_model(name, num_classes=0, global_pool="map")})
+        if trunk_of(torch.nn.ModuleDict({"visual": built})) == trunk:
+            return {"timm_model_name": name}
+    changed = {
+        "img_size": trunk.image_size,
+        "patch_size": trunk.patch_size,
+        "embed_dim": trunk.width,
+        "depth": trunk.layers,
+        "num_heads": trunk.heads,
+        "mlp_ratio": mlp_ratio(trunk.hidden, trunk.width),
+        "act_layer": "gelu_tanh" if trunk.approximate == "tanh" else "gelu",
+    }
+    return {"timm_model_name": _BASE, "timm_model_kwargs": changed}
+
+
 def _approximation(activation: nn.Module) -> str:
     from torch import nn
 
@@ -293,28 +315,6 @@ def _text_cfg(text: Mapping[str, Any], name: str, embed_dim: int) -> dict[str, A
         "norm_kwargs": {"eps": text.get("layer_norm_eps", _EPS)},
         "act_kwargs": {"approximate": _approximate("text_config", text)},
     }
-
-
-def _timm(trunk: Trunk) -> dict[str, Any]:
-    """Which of timm's architectures a tower is, or which one with what changed."""
-    import timm
-    import torch
-
-    for name in timm.list_models(f"vit_*_patch{trunk.patch_size}_siglip_{trunk.image_size}"):
-        with torch.device("meta"):
-            built = torch.nn.ModuleDict({"trunk": timm.create_model(name, num_classes=0, global_pool="map")})
-        if trunk_of(torch.nn.ModuleDict({"visual": built})) == trunk:
-            return {"timm_model_name": name}
-    changed = {
-        "img_size": trunk.image_size,
-        "patch_size": trunk.patch_size,
-        "embed_dim": trunk.width,
-        "depth": trunk.layers,
-        "num_heads": trunk.heads,
-        "mlp_ratio": mlp_ratio(trunk.hidden, trunk.width),
-        "act_layer": "gelu_tanh" if trunk.approximate == "tanh" else "gelu",
-    }
-    return {"timm_model_name": _BASE, "timm_model_kwargs": changed}
 
 
 def _pixels(folder: Path, image_size: int) -> dict[str, Any]:

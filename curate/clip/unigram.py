@@ -3,7 +3,7 @@
 transformers' own `SiglipTokenizer` is written in Python around the sentencepiece library: it lowers captions, takes
 ASCII punctuation out, and lets the library cut them into the pieces of its unigram model (arXiv 1804.10959). The same
 steps stand here in one `tokenizers.Tokenizer`, which needs no sentencepiece, is many times faster, and travels as one
-text file, tokenizer.json. That both give the same ids is tested (tests/finetune/parity/test_siglip_tokenizer.py).
+text file, tokenizer.json. That both give the same ids is tested (tests/finetune/parity/test_siglip.py).
 """
 
 from __future__ import annotations
