@@ -183,6 +183,8 @@ def split_attention(model: nn.Module) -> None:
             model.set_submodule(name, SplitAttentionPool(module))
         elif type(module) is Attention and module.gate is None:
             model.set_submodule(name, SplitTrunkAttention(module))
+        elif getattr(module, "qkv_bias_separate", None) is False:
+            module.qkv_bias_separate = True  # EVA's and BEiT's only read the layer's weight otherwise
 
 
 def join_attention(model: nn.Module) -> None:
