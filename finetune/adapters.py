@@ -11,6 +11,7 @@ a locked tower: LiT (2111.07991).
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,16 +26,24 @@ from finetune.config import TOWERS, AdapterConfig
 from finetune.layers import Depths, tower_of
 from finetune.pooling import pool_in_last_blocks, whole_last_blocks
 
+logger = logging.getLogger("cliptailor")
 # Last part of a module's name → the target users name: open_clip's transformers (after the attention is split), then
 # timm's MLP, then the linear map behind a timm trunk.
 LINEARS = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "out", "c_fc": "fc", "c_proj": "proj",
     "fc1": "fc", "fc2": "proj",
 }  # fmt: skip
-PACKED = {"q", "k", "v"}  # timm's `qkv` is all three in one layer
-# The last linear map of a tower: a matrix or layer of open_clip's, a ResNet's attention pool's, a timm trunk's.
-PROBED = r"(visual\.proj|(text\.)?text_projection|text\.proj|visual\.attnpool\.c_proj|visual\.head\.(proj|mlp))\b"
-OPENED = {"visual.proj.linear", "text_projection.linear", "text.text_projection.linear", "visual.head.proj"}
+PACKED = {"q", "k", "v"}  # the `qkv` of timm's other towers is all three in one layer
+# The last linear map of a tower: a matrix or layer of open_clip's, a ResNet's attention pool's, a timm trunk's; SigLIP
+# has nothing behind its attention pool, whose own last layer it is.
+PROBED = (
+    r"(visual\.proj|(text\.)?text_projection|text\.proj|visual\.attnpool\.c_proj|visual\.head\.(proj|mlp)"
+    r"|visual\.trunk\.attn_pool\.mlp\.fc2|visual\.trunk\.head(\.fc)?)\b"
+)
+OPENED = {
+    "visual.proj.linear", "text_projection.linear", "text.text_projection.linear", "visual.head.proj",
+    "visual.trunk.head", "visual.trunk.head.fc",
+}  # fmt: skip
 
 
 class Projection(nn.Module):
@@ -135,17 +144,20 @@ def hold_still(model: nn.Module, *, statistics: bool) -> None:
 
 def lora_target(name: str, module: nn.Module) -> str | None:
     """The target (q, k, v, …; qkv: three in one) of a module of a split open_clip model; None if it has none."""
+    parent, _, last = name.rpartition(".")
     if isinstance(module, nn.Conv2d):
-        # A ViT's only convolution embeds its patches: no projection of the kind that LoRA is for.
+        # A ViT's only convolution embeds its patches: no projection of the kind that LoRA is for. MobileCLIP's MLPs are
+        # linear maps of each pixel, written as convolutions.
+        if parent.startswith("visual.trunk.") and last in ("fc1", "fc2") and module.kernel_size == (1, 1):
+            return LINEARS[last]
         return "conv" if re.fullmatch(r"visual\.(layer\d\.\d+\.)?(conv\d|downsample\.0)", name) else None
     if not isinstance(module, nn.Linear):
         return None
-    parent, _, last = name.rpartition(".")
     if name in OPENED:
         return "projection"
-    if parent.endswith("attnpool"):
+    if parent.endswith((".attnpool", ".attn_pool")):
         return "pool"
-    if parent.endswith(".attn") and last in ("qkv", "proj"):  # timm's
+    if parent.endswith((".attn", ".token_mixer")) and last in ("qkv", "proj"):  # timm's
         return {"qkv": "qkv", "proj": "out"}[last]
     return LINEARS.get(last)
 
@@ -155,6 +167,8 @@ def _inject_lora(model: nn.Module, config: AdapterConfig) -> None:
 
     if "projection" in config.targets:
         open_projections(model, config.lock)
+    targets = _target_modules(model, config)
+    _check_variant(model, config, targets)
     image = r"visual\..*"  # peft matches patterns against whole names; all else is the text tower's
     lora = LoraConfig(
         r=config.rank_of("text"),
@@ -165,9 +179,27 @@ def _inject_lora(model: nn.Module, config: AdapterConfig) -> None:
         use_dora=config.variant == "dora",
         use_rslora=config.variant == "rslora",
         init_lora_weights="pissa" if config.variant == "pissa" else True,
-        target_modules="|".join(re.escape(name) for name in _target_modules(model, config)),
+        target_modules="|".join(re.escape(name) for name in targets),
     )
     inject_adapter_in_model(lora, model)
+
+
+def _check_variant(model: nn.Module, config: AdapterConfig, targets: Sequence[str]) -> None:
+    """Say which trained tower gets no adapter at all, and which layer a variant has no form for."""
+    for tower in TOWERS:
+        if tower not in config.lock and not any(tower_of(name) == tower for name in targets):
+            logger.warning(
+                "model.adapter.targets: none of %s is in this CLIP's %s tower, which stays as it is%s",
+                ", ".join(config.targets),
+                tower,
+                "; a ResNet's are conv and pool" if hasattr(model.visual, "attnpool") else "",
+            )
+    kernels = [name for name in targets if isinstance(model.get_submodule(name), nn.Conv2d)]
+    if config.variant == "pissa" and kernels:
+        raise ModelError(
+            f"model.adapter.variant: pissa needs matrices, and {kernels[0]} is a convolution; take another variant, or "
+            f"'{lora_target(kernels[0], model.get_submodule(kernels[0]))}' out of model.adapter.targets"
+        )
 
 
 def open_projections(model: nn.Module, locked: Sequence[str] = ()) -> None:
@@ -196,7 +228,7 @@ def _target_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
     if absent := [target for target, names in found.items() if not names]:
         raise ModelError(
             f"model.adapter.targets: '{absent[0]}' names no layer of this CLIP's trained towers; leave it out"
-            + ("" if is_resnet else " (conv and pool are a ResNet's)")
+            + ("" if is_resnet else " (conv is a ResNet's, pool a ResNet's or SigLIP's)")
         )
     return list(dict.fromkeys(name for names in found.values() for name in names))
 

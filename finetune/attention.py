@@ -2,8 +2,9 @@
 
 `nn.MultiheadAttention` keeps query, key and value in one packed parameter and never calls its own `out_proj`: peft on
 it either gets no gradient or counts the output twice (huggingface/peft#3774). open_clip's `AttentionPool2d` has four
-linear layers and only reads their weights. `split_attention` puts modules in their place that call four plain
-`nn.Linear`; `join_attention` packs them again, so that the state dict has open_clip's keys.
+linear layers and only reads their weights; timm's ViT has q, k and v in one layer, so that an update of rank r would be
+shared by all three. `split_attention` puts modules in their place that call four plain `nn.Linear`; `join_attention`
+packs them again, so that the state dict has open_clip's keys.
 
 Axes: B batch, T positions of the query, S positions of key and value, D width, H heads.
 """
@@ -91,6 +92,58 @@ class SplitAttention(nn.Module):
         return packed.train(self.training)
 
 
+class SplitTrunkAttention(nn.Module):
+    """timm's `Attention` (of `VisionTransformer`) on four linear layers; norms of q and k and the like stay.
+
+    Args:
+        packed: the attention whose weights it takes over; without a gate.
+    """
+
+    def __init__(self, packed: Any) -> None:
+        super().__init__()
+        self.num_heads: int = packed.num_heads
+        biases = (None,) * 3 if packed.qkv.bias is None else packed.qkv.bias.chunk(3)
+        self.q_proj, self.k_proj, self.v_proj = map(_linear, packed.qkv.weight.chunk(3), biases)
+        self.out_proj = packed.proj
+        self.q_norm, self.k_norm, self.norm = packed.q_norm, packed.k_norm, packed.norm
+        self.attn_drop, self.proj_drop = packed.attn_drop, packed.proj_drop
+        self.train(packed.training)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """(B, T, D) → (B, T, D)."""
+        q = self.q_norm(_heads(self.q_proj(x), self.num_heads))
+        k = self.k_norm(_heads(self.k_proj(x), self.num_heads))
+        v = _heads(self.v_proj(x), self.num_heads)
+        dropout = self.attn_drop.p if self.training else 0.0
+        mixed = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal
+        )
+        return self.proj_drop(self.out_proj(self.norm(mixed.transpose(1, 2).flatten(2))))
+
+    def join(self) -> nn.Module:
+        """The same attention as timm's module."""
+        from timm.models.vision_transformer import Attention
+
+        q, k, v, out = self.q_proj, self.k_proj, self.v_proj, self.out_proj
+        packed: Any = Attention(
+            q.in_features,
+            self.num_heads,
+            attn_head_dim=q.out_features // self.num_heads,
+            dim_out=out.out_features,
+            qkv_bias=q.bias is not None,
+            proj_bias=out.bias is not None,
+            device=q.weight.device,
+            dtype=q.weight.dtype,
+        )
+        packed.qkv.weight = _cat(q.weight, k.weight, v.weight)
+        if q.bias is not None:
+            packed.qkv.bias = _cat(q.bias, k.bias, v.bias)
+        packed.proj = out
+        packed.q_norm, packed.k_norm, packed.norm = self.q_norm, self.k_norm, self.norm
+        packed.attn_drop, packed.proj_drop = self.attn_drop, self.proj_drop
+        return packed.train(self.training)
+
+
 class SplitAttentionPool(nn.Module):
     """open_clip's `AttentionPool2d` (the ResNets' pooling, whose query is the mean), calling its linear layers.
 
@@ -121,18 +174,23 @@ class SplitAttentionPool(nn.Module):
 def split_attention(model: nn.Module) -> None:
     """Give an open_clip model, in place, attention and attention pools that LoRA can reach; outputs stay equal."""
     from open_clip.modified_resnet import AttentionPool2d
+    from timm.models.vision_transformer import Attention
 
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.MultiheadAttention):
             model.set_submodule(name, SplitAttention(module))
         elif isinstance(module, AttentionPool2d):
             model.set_submodule(name, SplitAttentionPool(module))
+        elif type(module) is Attention and module.gate is None:
+            model.set_submodule(name, SplitTrunkAttention(module))
+        elif getattr(module, "qkv_bias_separate", None) is False:
+            module.qkv_bias_separate = True  # EVA's and BEiT's only read the layer's weight otherwise
 
 
 def join_attention(model: nn.Module) -> None:
     """Pack, in place, each split attention again: state-dict keys are then open_clip's. Merge LoRA before."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, SplitAttention):
+        if isinstance(module, SplitAttention | SplitTrunkAttention):
             model.set_submodule(name, module.join())
 
 

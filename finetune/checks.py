@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import reduce
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +199,7 @@ def _check_devices(config: TrainerConfig) -> None:
 
 def _check_clip(clip: ClipConfig) -> None:
     """What cannot be a CLIP. Tags of known architectures and ids on the hub are left to the loader."""
-    from curate.clip import OPENAI_NAMES
+    from curate.clip import OPENAI_NAMES, architectures
 
     name = clip.name
     folder = Path(name.removeprefix("local-dir:"))
@@ -210,7 +209,7 @@ def _check_clip(clip: ClipConfig) -> None:
         what = "an open_clip model configuration" if name.endswith(".json") else "a file of weights"
         raise ConfigError(f"model.clip.name: {name}: no such file; expected {what}")
     if re.fullmatch(r"[\w@.-]+", name) and not Path(name).exists():
-        known = [*OPENAI_NAMES, *_architectures()]
+        known = [*OPENAI_NAMES, *architectures()]
         if name not in known:
             raise ConfigError(f"model.clip.name: '{name}' is no architecture of open_clip.{did_you_mean(name, known)}")
     weights = clip.weights or ""
@@ -218,13 +217,6 @@ def _check_clip(clip: ClipConfig) -> None:
         raise ConfigError(f"model.clip.pretrained: {weights}: no such file; expected weights, or the name of a tag")
     if weights and Path(weights).is_dir():
         raise ConfigError(f"model.clip.pretrained: {weights} is a folder; as model.clip.name it is local-dir:{weights}")
-
-
-def _architectures() -> list[str]:
-    """open_clip's architectures, from the names of its files: importing it takes seconds."""
-    spec = find_spec("open_clip")
-    folders = spec.submodule_search_locations if spec else None
-    return sorted(path.stem for folder in folders or [] for path in (Path(folder) / "model_configs").glob("*.json"))
 
 
 # --- data ------------------------------------------------------------------------------------------------------------

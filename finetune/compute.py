@@ -91,13 +91,18 @@ def _checkpoint_blocks(name: str, tower: Any) -> None:
 
 def _drop_patches(visual: Any, share: float) -> None:
     from open_clip.transformer import PatchDropout
+    from timm.layers import PatchDropout as TimmPatchDropout
 
     if visual is None:
         raise ModelError(
             "model.compute.patch_dropout: the image tower is not trained, and sees all patches; set it to 0"
         )
-    if not hasattr(visual, "patch_dropout"):
+    trunk = getattr(visual, "trunk", None)
+    if hasattr(visual, "patch_dropout"):
+        visual.patch_dropout = PatchDropout(share)
+    elif isinstance(getattr(trunk, "patch_drop", None), nn.Identity):
+        trunk.patch_drop = TimmPatchDropout(share, num_prefix_tokens=trunk.num_prefix_tokens)
+    else:
         raise ModelError(
-            "model.compute.patch_dropout: this CLIP's image tower is no ViT of open_clip's own kind; set it to 0"
+            "model.compute.patch_dropout: this CLIP's image tower is no ViT of open_clip's or timm's; set it to 0"
         )
-    visual.patch_dropout = PatchDropout(share)

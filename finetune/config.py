@@ -108,18 +108,18 @@ class ClipConfig:
     """The CLIP to start from."""
 
     name: str = "ViT-B-32"
-    """open_clip architecture, OpenAI's name (ViT-B/32), local-dir:FOLDER, hf-hub:ID, or the path of an open_clip
-    model configuration (.json)."""
+    """open_clip architecture, OpenAI's name (ViT-B/32), a folder of open_clip's or transformers', an id of the hub
+    (ORG/NAME), a file of OpenAI's, or the path of an open_clip model configuration (.json)."""
     pretrained: str | None = "openai"
     """open_clip tag, path of a weights file, or null: random weights (training from scratch). A name that brings its
-    own weights (local-dir:, hf-hub:) passes over it."""
+    own weights (a folder, a file, an id) passes over it."""
 
     @property
     def brings_weights(self) -> bool:
         """Whether the name alone says which weights."""
-        return (
-            self.name.startswith(("local-dir:", "hf-hub:")) or self.name.endswith(WEIGHTS) or Path(self.name).is_dir()
-        )
+        from curate.clip import brings_weights
+
+        return self.name.endswith(WEIGHTS) or brings_weights(self.name)
 
     @property
     def is_random(self) -> bool:

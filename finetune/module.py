@@ -9,14 +9,11 @@ A checkpoint holds all weights, and in its hyperparameters the architecture and 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning
@@ -28,7 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn import functional
 
-from curate.clip import Clip, load_clip
+from curate.clip import Clip, load_clip, rebuild
+from curate.clip.tokens import tokenizer_as_files, tokenizer_from_files
 from curate.errors import ConfigError, ModelError
 from finetune.adapters import adapt, hold_still, is_locked
 from finetune.compute import has_trained_statistics, in_parts, one_by_one, packed_encoder, prepare
@@ -386,22 +384,15 @@ def _give_bias(clip: Clip) -> None:
 
 
 def _architecture(clip: Clip) -> dict[str, Any]:
-    return {"name": clip.name, "model_cfg": clip.architecture, "preprocess_cfg": dict(clip.preprocess_cfg)}
+    from open_clip.tokenizer import HFTokenizer
+
+    told = {"name": clip.name, "model_cfg": clip.architecture, "preprocess_cfg": dict(clip.preprocess_cfg)}
+    # CLIP's own BPE is built into open_clip; any other would have to be there again, or downloaded.
+    return told | ({"tokenizer": tokenizer_as_files(clip.tokenizer)} if isinstance(clip.tokenizer, HFTokenizer) else {})
 
 
 def _rebuild(architecture: dict[str, Any]) -> Clip:
     """The CLIP that `_architecture` describes, with random weights."""
-    from open_clip import set_model_preprocess_cfg
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-
-    with tempfile.TemporaryDirectory() as folder:
-        # A name of its own: open_clip keeps it, and must not take it for its architecture of that name.
-        path = Path(folder) / f"checkpoint-{architecture['name'].replace('/', '-').replace(':', '-')}.json"
-        path.write_text(json.dumps(architecture["model_cfg"]), encoding="utf-8")
-        with _random_is_meant():
-            clip = load_clip(str(path), device="cpu")
-    preprocess_cfg = architecture["preprocess_cfg"]
-    set_model_preprocess_cfg(clip.model, preprocess_cfg)
-    clip.preprocess = image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False)
-    clip.name, clip.preprocess_cfg = architecture["name"], preprocess_cfg
-    return clip
+    model_cfg, files = architecture["model_cfg"], architecture.get("tokenizer")
+    tokenizer = tokenizer_from_files(files, model_cfg["text_cfg"]) if files else None
+    return rebuild(architecture["name"], model_cfg, architecture["preprocess_cfg"], tokenizer)

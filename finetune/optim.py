@@ -13,6 +13,8 @@ from finetune.config import OptimizerConfig
 from finetune.layers import Depths, tower_of
 
 MAX_LOGIT_SCALE = math.log(100)
+# Embeddings (of tokens, positions and class; timm's names too), the query of an attention pool, DoRA's lengths.
+NOT_DECAYED = ("embedding", "pos_embed", "cls_token", "reg_token", "latent", "lora_magnitude")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
     Weight decay: matrices and kernels. None: gains, biases and logit_scale (all of one or no axis), as in the paper;
     and the embeddings of tokens, positions and class, which open_clip's own optimiser decays: for adaptation they are
-    better left where they are; and DoRA's lengths, which are gains.
+    better left where they are; the query of SigLIP's attention pool; and DoRA's lengths, which are gains.
 
     Learning rate: the tower's (logit_scale: lr), times layer_decay for every step down from the head of the tower, as
     in BEiT (arXiv 2106.08254, appendix): the head has all of it, the last block `layer_decay`, the stem
@@ -71,7 +73,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
 
 def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim >= 2 and "embedding" not in name and "lora_magnitude" not in name
+    return parameter.ndim >= 2 and not any(part in name for part in NOT_DECAYED)
 
 
 def _group_name(tower: str | None, depth: int | None, decayed: bool) -> str:

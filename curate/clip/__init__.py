@@ -15,40 +15,40 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from curate.clip import huggingface, openai
+from curate.clip import huggingface, openai, timm_towers, tokens
+from curate.clip.folders import Source, read_json
+from curate.clip.hub import architectures, cached_folder, is_hub_id, reached
 from curate.clip.openai import is_openai_archive
 from curate.errors import ConfigError, ModelError, did_you_mean
 from curate.shards import file_sha256
 
 if TYPE_CHECKING:
     import torch
+    from open_clip.tokenizer import HFTokenizer
     from PIL import Image
 
 __all__ = [
     "OPENAI_NAMES",
     "Clip",
+    "architectures",
     "brings_weights",
     "choose_device",
     "first_line",
     "is_openai_archive",
     "load",
     "load_clip",
+    "rebuild",
     "weights_fingerprint",
 ]
 logger = logging.getLogger("cliptailor")
 _WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")
-_PATIENCE = 0.7  # seconds in which a hub that can be reached takes a connection
+_IN_FOLDERS = ("open_clip_model.safetensors", "*.safetensors", "*.bin", "*.pth")
 
 # The paper's five ResNets and its ViTs, as openai/CLIP names them, and open_clip's names for the architectures their
 # weights need: QuickGELU throughout.
@@ -132,10 +132,11 @@ def load_clip(name: str, pretrained: str | None = None, *, device: str = "auto")
     """Load a CLIP, ready for inference.
 
     Args:
-        name: an open_clip architecture (`ViT-B-32`), OpenAI's name (`ViT-B/32`), `local-dir:FOLDER` or `hf-hub:ID` with
-            architecture and weights, the folder of a transformers `CLIPModel`, a file of OpenAI's (`ViT-B-32.pt`:
-            archive or state dict; the architecture is read from its shapes), or the path of an open_clip model
-            configuration (`tiny.json`).
+        name: an open_clip architecture (`ViT-B-32`), OpenAI's name (`ViT-B/32`), a folder of open_clip's, of a
+            transformers `CLIPModel` or `SiglipModel` (`local-dir:` before it or not), such a repository of the hub
+            (`ORG/NAME`, `hf-hub:ORG/NAME`; `@REVISION` after it), a file of OpenAI's (`ViT-B-32.pt`: archive or state
+            dict; the architecture is read from its shapes), or the path of an open_clip model configuration
+            (`tiny.json`).
         pretrained: an open_clip tag (`openai`, `laion2b_s34b_b79k`), the path of a weights file (OpenAI's, too; they
             get the QuickGELU that they were trained with), or None: random weights from torch's global seed, unless
             the name brings its own.
@@ -166,7 +167,7 @@ def load_clip(name: str, pretrained: str | None = None, *, device: str = "auto")
 
 def brings_weights(name: str) -> bool:
     """Whether a name alone says which weights: a folder, a hub's id, a file other than a model configuration."""
-    return name.startswith(("local-dir:", "hf-hub:")) or Path(name).is_dir() or _is_weights_file(name)
+    return name.startswith("local-dir:") or Path(name).is_dir() or _is_weights_file(name) or is_hub_id(name)
 
 
 def _is_weights_file(path: str | None) -> bool:
@@ -175,21 +176,62 @@ def _is_weights_file(path: str | None) -> bool:
 
 def _read(name: str, pretrained: str | None) -> Clip:
     """The CLIP on the CPU, from wherever its name and weights point."""
-    folder = Path(name.removeprefix("local-dir:"))
-    if huggingface.is_transformers_folder(folder):
-        return _assembled(name, *huggingface.read_folder(folder))
+    if name.startswith("local-dir:") or Path(name).is_dir():
+        return _from_folder(name, Path(name.removeprefix("local-dir:")))
+    if is_hub_id(name):
+        return _from_folder(name, cached_folder(name))
     if _is_weights_file(name):
         state = _openai_state(name)
         if state is None:
             logger.warning("clip %s: does not say its activation; taken for OpenAI's: QuickGELU", name)
             state = _plain_state(name)
-        return _assembled(name, openai.architecture(state), {}, state)
+        return _assembled(name, Source(openai.architecture(state), {}, state))
+    if name.endswith(".json"):
+        return _from_configuration(name, pretrained)
     architecture, weights = _resolve(name, pretrained)
-    _check_reachable(architecture, weights)
-    return _from_open_clip(name, architecture, weights)
+    with reached(architecture, weights):
+        return _from_open_clip(name, architecture, weights)
 
 
-def _from_open_clip(name: str, architecture: str, weights: str | None) -> Clip:
+def _from_folder(name: str, folder: Path) -> Clip:
+    """What transformers, open_clip or `finetune export` wrote."""
+    if huggingface.is_transformers_folder(folder):
+        return _assembled(name, huggingface.read_folder(folder))
+    if not (folder / "open_clip_config.json").is_file():
+        raise ModelError(
+            f"{folder}: no open_clip_config.json and no config.json; expected a folder that `finetune export`, "
+            "open_clip or transformers wrote"
+        )
+    weights = next((path for pattern in _IN_FOLDERS for path in sorted(folder.glob(pattern))), None)
+    if weights is None:  # open_clip would leave random ones, with a word in its log
+        raise ModelError(f"{folder}: no weights; expected open_clip_model.safetensors beside open_clip_config.json")
+    config = read_json(folder / "open_clip_config.json")
+    text_cfg = config.get("model_cfg", {}).get("text_cfg", {})
+    source = folder if tokens.has_tokenizer(folder) else text_cfg.get("hf_tokenizer_name")
+    tokenizer = tokens.read_tokenizer(source, text_cfg) if text_cfg.get("hf_tokenizer_name") else None
+    if timm_towers.is_beyond_open_clip(config["model_cfg"]):
+        return _assembled(
+            name, Source(config["model_cfg"], config.get("preprocess_cfg", {}), _plain_state(str(weights)), tokenizer)
+        )
+    return _from_open_clip(name, f"local-dir:{folder}", None, tokenizer)
+
+
+def _from_configuration(name: str, pretrained: str | None) -> Clip:
+    """A CLIP of a model configuration of open_clip's form, with the weights of a file, or random ones."""
+    import open_clip
+
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigError(f"clip name {name}: no such file; expected an open_clip model configuration")
+    model_cfg = read_json(path)
+    if model_cfg.get("vision_cfg") and timm_towers.is_beyond_open_clip(model_cfg):
+        return _assembled(name, Source(model_cfg, {}, _plain_state(pretrained) if pretrained else None))
+    open_clip.add_model_config(path)
+    with reached(path.stem, pretrained):
+        return _from_open_clip(name, path.stem, pretrained)
+
+
+def _from_open_clip(name: str, architecture: str, weights: str | None, tokenizer: HFTokenizer | None = None) -> Clip:
     """What open_clip loads by itself, and OpenAI's weights in an architecture that was named."""
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -208,32 +250,69 @@ def _from_open_clip(name: str, architecture: str, weights: str | None) -> Clip:
     return Clip(
         model=model,
         preprocess=image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False),
-        tokenizer=open_clip.get_tokenizer(architecture),
+        tokenizer=tokenizer or open_clip.get_tokenizer(architecture),
         name=name,
         architecture=model_cfg,
         preprocess_cfg=preprocess_cfg,
     )
 
 
-def _assembled(
-    name: str, model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any], state: dict[str, torch.Tensor]
+def rebuild(
+    name: str, model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any], tokenizer: HFTokenizer | None = None
 ) -> Clip:
+    """A CLIP from what `Clip.architecture` and `Clip.preprocess_cfg` said of it, with random weights, on the CPU.
+
+    Args:
+        name: what it is called.
+        model_cfg: open_clip's model configuration.
+        preprocess_cfg: open_clip's preprocessing configuration.
+        tokenizer: None: the one that the configuration names; without one CLIP's own BPE.
+    """
+    text_cfg = model_cfg["text_cfg"]
+    if tokenizer is None and text_cfg.get("hf_tokenizer_name"):
+        tokenizer = tokens.read_tokenizer(text_cfg["hf_tokenizer_name"], text_cfg)
+    return _assembled(name, Source(model_cfg, preprocess_cfg, None, tokenizer))
+
+
+def _assembled(name: str, source: Source) -> Clip:
     """A CLIP of a configuration that open_clip has no name for; OpenAI's preprocessing where none is given."""
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    model = open_clip.CLIP(**model_cfg)
-    model.load_state_dict(state)
-    preprocess = PreprocessCfg(**({"size": model.visual.image_size} | preprocess_cfg))
+    model = _built(timm_towers.named(source.model_cfg))
+    if source.state is not None:
+        model.load_state_dict(source.state)
+    preprocess = PreprocessCfg(**({"size": model.visual.image_size} | source.preprocess_cfg))
     open_clip.set_model_preprocess_cfg(model, asdict(preprocess))
+    text_cfg = {"context_length": 77} | source.model_cfg["text_cfg"]
     return Clip(
         model=model,
         preprocess=image_transform_v2(preprocess, is_train=False),
-        tokenizer=open_clip.SimpleTokenizer(context_length=model_cfg["text_cfg"]["context_length"]),
+        tokenizer=source.tokenizer
+        or open_clip.SimpleTokenizer(
+            context_length=text_cfg["context_length"], **(text_cfg.get("tokenizer_kwargs") or {})
+        ),
         name=name,
-        architecture=model_cfg,
+        architecture=source.model_cfg,
         preprocess_cfg=asdict(preprocess),
     )
+
+
+def _built(model_cfg: dict[str, Any]) -> Any:
+    """open_clip's model of a configuration, as `open_clip.create_model` chooses it, without anybody's weights."""
+    import open_clip
+
+    text_cfg, vision_cfg = dict(model_cfg["text_cfg"]), dict(model_cfg["vision_cfg"])
+    is_custom = model_cfg.get("custom_text") or "hf_model_name" in text_cfg
+    if "hf_model_name" in text_cfg:
+        text_cfg["hf_model_pretrained"] = False
+    if "timm_model_name" in vision_cfg:
+        vision_cfg["timm_model_pretrained"] = False
+    kind = (
+        open_clip.CoCa if "multimodal_cfg" in model_cfg else open_clip.CustomTextCLIP if is_custom else open_clip.CLIP
+    )
+    given = model_cfg | {"text_cfg": text_cfg, "vision_cfg": vision_cfg}
+    return kind(**{key: value for key, value in given.items() if key != "custom_text"})
 
 
 def _openai_state(path: str) -> dict[str, torch.Tensor] | None:
@@ -300,7 +379,10 @@ def choose_device(device: str = "auto") -> str:
 def weights_fingerprint(name: str, pretrained: str | None) -> str:
     """What identifies a CLIP for resuming: names of published weights, the sha256 of local files."""
     paths = [Path(text) for text in (name.removeprefix("local-dir:"), pretrained or "") if text]
-    patterns = ("open_clip_*", "config.json", "preprocessor_config.json", "model*.safetensors", "pytorch_model*.bin")
+    patterns = (
+        "open_clip_*", "config.json", "*processor_config.json", "model*.safetensors", "pytorch_model*.bin",
+        "tokenizer*", "spiece.model",
+    )  # fmt: skip
     found = {path for path in paths if path.is_file()} | {
         file for path in paths if path.is_dir() for pattern in patterns for file in path.glob(pattern)
     }
@@ -312,21 +394,6 @@ def _resolve(name: str, pretrained: str | None) -> tuple[str, str | None]:
     """open_clip's architecture name and weights for what the user wrote."""
     import open_clip
 
-    if name.endswith(".json"):
-        path = Path(name)
-        if not path.is_file():
-            raise ConfigError(f"clip name {name}: no such file; expected an open_clip model configuration")
-        open_clip.add_model_config(path)
-        return path.stem, pretrained
-    if name.startswith("local-dir:"):
-        folder = Path(name.removeprefix("local-dir:"))
-        _check_folder(folder)
-        return name, None
-    if Path(name).is_dir():
-        _check_folder(Path(name))
-        return f"local-dir:{name}", None
-    if name.startswith("hf-hub:"):
-        return name, None
     known = open_clip.list_models()
     if pretrained == "openai":
         name = OPENAI_NAMES.get(name, name)
@@ -342,52 +409,3 @@ def _resolve(name: str, pretrained: str | None) -> tuple[str, str | None]:
                 f"clip pretrained '{pretrained}': neither a file nor a tag of {name}.{did_you_mean(pretrained, tags)}"
             )
     return name, pretrained
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / "open_clip_config.json").is_file():
-        raise ModelError(
-            f"{folder}: no open_clip_config.json and no config.json; expected a folder that `finetune export`, "
-            "open_clip or transformers wrote"
-        )
-
-
-def _check_reachable(architecture: str, weights: str | None) -> None:
-    """Say at once, instead of after a minute of retries, that weights are neither cached nor to be had."""
-    import open_clip
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    if architecture.startswith("hf-hub:"):
-        repository = architecture.removeprefix("hf-hub:").partition("@")[0]
-        names: tuple[str, ...] = ("open_clip_config.json",)
-    elif weights is None or Path(weights).exists():
-        return
-    else:
-        source = open_clip.get_pretrained_cfg(architecture, weights) or {}
-        repository = str(source.get("hf_hub") or "").rstrip("/")
-        names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-    if not repository or any(isinstance(try_to_load_from_cache(repository, file), str) for file in names):
-        return
-    if constants.HF_HUB_OFFLINE or not _connects(constants.ENDPOINT):
-        asked = architecture if weights is None else f"{architecture}, pretrained {weights}"
-        raise ModelError(
-            f"clip {asked}: not in the cache ({constants.HF_HUB_CACHE}) and the hub "
-            f"cannot be reached; run `hf download {repository}` where it can and copy the cache, or give a local file"
-        )
-
-
-def _connects(endpoint: str) -> bool:
-    """Whether the hub, or the proxy before it, takes a connection within `_PATIENCE`; names may hang in DNS, too."""
-    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-    parts = urlsplit(proxy or endpoint)
-    port = parts.port or (80 if parts.scheme == "http" else 443)
-    connected = threading.Event()
-
-    def connect() -> None:
-        with suppress(OSError), socket.create_connection((parts.hostname or "", port), timeout=_PATIENCE):
-            connected.set()
-
-    attempt = threading.Thread(target=connect, daemon=True)  # a daemon: a resolver may not be interrupted
-    attempt.start()
-    attempt.join(_PATIENCE)
-    return connected.is_set()

@@ -3,6 +3,7 @@
 transformers keeps q, k and v apart where open_clip packs them, and its two projections are `nn.Linear`, so transposed.
 Its folder says the rest: activation and norms in config.json, pixels in preprocessor_config.json. Only CLIP's own BPE
 is read as a tokenizer; it is built into open_clip, and a folder whose vocabulary differs from it is refused.
+A `SiglipModel` is siglip.py's.
 """
 
 from __future__ import annotations
@@ -12,13 +13,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from curate.clip import siglip
+from curate.clip.folders import (
+    Source,
+    mlp_ratio,
+    preprocess_cfg,
+    processor_config,
+    read_json,
+    read_processor,
+    read_weights,
+    square,
+)
 from curate.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
 
 _ACTIVATIONS = {"quick_gelu": True, "gelu": False}
-_INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 _EPS = 1e-5  # of LayerNorm in torch and open_clip
 _SOT, _EOT = 49406, 49407  # of CLIP's BPE: <start_of_text>, <end_of_text>
 _PROJECTIONS = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
@@ -36,27 +47,32 @@ def is_transformers_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not (folder / "open_clip_config.json").is_file()
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor]]:
-    """open_clip's model configuration, its preprocessing and the float32 weights of a `CLIPModel` folder.
+def read_folder(folder: Path) -> Source:
+    """A `CLIPModel`'s or `SiglipModel`'s folder in open_clip's terms.
 
     Raises:
-        ModelError: another kind of model; a file is missing; something that open_clip's CLIP cannot express.
+        ModelError: another kind of model; a file is missing; something that open_clip cannot express.
     """
-    config = _json(folder / "config.json")
-    if config.get("model_type") != "clip":
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if kind not in ("clip", "siglip"):
         raise ModelError(
-            f"{folder / 'config.json'}: model_type is {config.get('model_type')!r}; of transformers' models "
-            "only CLIP ('clip') is converted; give others as an open_clip folder"
+            f"{folder / 'config.json'}: model_type is {kind!r}; of transformers' models only CLIP ('clip') and SigLIP "
+            "('siglip') are converted; give others as an open_clip folder"
         )
     try:
-        model_cfg = _model_cfg(config)
-        _check_vocabulary(folder)
-        preprocess_cfg = _preprocess_cfg(folder, model_cfg["vision_cfg"]["image_size"])
-        return model_cfg, preprocess_cfg, from_transformers(_weights(folder), model_cfg)
+        return siglip.read_folder(folder, config) if kind == "siglip" else _read_clip(folder, config)
     except KeyError as error:
-        raise ModelError(f"{folder}: not a whole CLIPModel: no {error.args[0]}") from error
+        raise ModelError(f"{folder}: not a whole {kind} model: no {error.args[0]}") from error
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from error
+
+
+def _read_clip(folder: Path, config: dict[str, Any]) -> Source:
+    model_cfg = _model_cfg(config)
+    _check_vocabulary(folder)
+    pixels = _pixels(folder, model_cfg["vision_cfg"]["image_size"])
+    return Source(model_cfg, pixels, from_transformers(read_weights(folder), model_cfg))
 
 
 def from_transformers(state: Mapping[str, torch.Tensor], model_cfg: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -101,14 +117,14 @@ def check_expressible(model_cfg: Mapping[str, Any]) -> None:
         raise ModelError(f"transformers' CLIPModel cannot express {', '.join(strange)}; export to open_clip instead")
 
 
-def transformers_configs(model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def transformers_configs(model_cfg: Mapping[str, Any], preprocess: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """config.json and preprocessor_config.json of an open_clip CLIP, by file name."""
     check_expressible(model_cfg)
     vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     activation = "quick_gelu" if model_cfg.get("quick_gelu") else "gelu"
-    size = _square(vision.get("image_size", 224))
-    if preprocess_cfg.get("resize_mode", "shortest") != "shortest":
-        raise ModelError(f"resize_mode {preprocess_cfg['resize_mode']}: transformers' CLIP resizes the shortest side")
+    size = square(vision.get("image_size", 224))
+    if preprocess.get("resize_mode", "shortest") != "shortest":
+        raise ModelError(f"resize_mode {preprocess['resize_mode']}: transformers' CLIP resizes the shortest side")
     width, text_width = vision.get("width", 768), text.get("width", 512)
     shared = {"hidden_act": activation, "projection_dim": model_cfg["embed_dim"]}
     config = {
@@ -141,20 +157,13 @@ def transformers_configs(model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[s
             "layer_norm_eps": (vision.get("norm_kwargs") or {}).get("eps", _EPS),
         },
     }
-    numbers = {name: number for number, name in _INTERPOLATIONS.items()}
-    processor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": size},
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "resample": numbers[preprocess_cfg["interpolation"]],
-        "do_rescale": True,
-        "do_normalize": True,
-        "image_mean": list(preprocess_cfg["mean"]),
-        "image_std": list(preprocess_cfg["std"]),
-    }
+    processor = processor_config(
+        "CLIPImageProcessor",
+        dict(preprocess),
+        size={"shortest_edge": size},
+        do_center_crop=True,
+        crop_size={"height": size, "width": size},
+    )
     return {"config.json": config, "preprocessor_config.json": processor}
 
 
@@ -236,12 +245,12 @@ def _model_cfg(config: dict[str, Any]) -> dict[str, Any]:
         "embed_dim": config.get("projection_dim", 512),
         "quick_gelu": _ACTIVATIONS[activations.pop()],
         "vision_cfg": {
-            "image_size": _square(vision.get("image_size", 224)),
-            "patch_size": _square(vision.get("patch_size", 32)),
+            "image_size": square(vision.get("image_size", 224)),
+            "patch_size": square(vision.get("patch_size", 32)),
             "width": width,
             "head_width": width // vision.get("num_attention_heads", 12),
             "layers": vision.get("num_hidden_layers", 12),
-            "mlp_ratio": vision.get("intermediate_size", 3072) / width,
+            "mlp_ratio": mlp_ratio(vision.get("intermediate_size", 3072), width),
             "norm_kwargs": {"eps": vision.get("layer_norm_eps", _EPS)},
         },
         "text_cfg": {
@@ -250,33 +259,22 @@ def _model_cfg(config: dict[str, Any]) -> dict[str, Any]:
             "width": text_width,
             "heads": text.get("num_attention_heads", 8),
             "layers": text.get("num_hidden_layers", 12),
-            "mlp_ratio": text.get("intermediate_size", 2048) / text_width,
+            "mlp_ratio": mlp_ratio(text.get("intermediate_size", 2048), text_width),
             "norm_kwargs": {"eps": text.get("layer_norm_eps", _EPS)},
         },
     }
 
 
-def _preprocess_cfg(folder: Path, image_size: int) -> dict[str, Any]:
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        raise ModelError(f"no {path.name}: mean, standard deviation and size of the pixels are unknown")
-    given = _json(path)
+def _pixels(folder: Path, image_size: int) -> dict[str, Any]:
+    given = read_processor(folder)
     resized, cropped = given.get("size", 224), given.get("crop_size", 224)
     resized = resized.get("shortest_edge") if isinstance(resized, dict) else resized
-    cropped = _square([cropped.get("height"), cropped.get("width")]) if isinstance(cropped, dict) else cropped
+    cropped = square([cropped.get("height"), cropped.get("width")]) if isinstance(cropped, dict) else cropped
     if not resized == cropped == image_size:
-        raise ModelError(f"{path.name}: size {resized} and crop_size {cropped}; the model takes {image_size}")
-    if given.get("resample", 3) not in _INTERPOLATIONS:
-        raise ModelError(f"{path.name}: resample {given['resample']}: expected 2 (bilinear) or 3 (bicubic)")
-    return {
-        "size": (image_size, image_size),
-        "mode": "RGB",
-        "mean": tuple(given["image_mean"]),
-        "std": tuple(given["image_std"]),
-        "interpolation": _INTERPOLATIONS[given.get("resample", 3)],
-        "resize_mode": "shortest",
-        "fill_color": 0,
-    }
+        raise ModelError(
+            f"preprocessor_config.json: size {resized} and crop_size {cropped}; the model takes {image_size}"
+        )
+    return preprocess_cfg(given, image_size, "shortest")
 
 
 def _check_vocabulary(folder: Path) -> None:
@@ -284,42 +282,12 @@ def _check_vocabulary(folder: Path) -> None:
     from open_clip.tokenizer import SimpleTokenizer
 
     if (folder / "vocab.json").is_file():
-        vocabulary = _json(folder / "vocab.json")
+        vocabulary = read_json(folder / "vocab.json")
     elif (folder / "tokenizer.json").is_file():
-        vocabulary = _json(folder / "tokenizer.json")["model"]["vocab"]
+        vocabulary = read_json(folder / "tokenizer.json")["model"]["vocab"]
     else:
         return
     ours = SimpleTokenizer().encoder
     special = {"<|startoftext|>", "<|endoftext|>"}
     if any(ours.get(token) != number for token, number in vocabulary.items() if token not in special):
         raise ModelError("its vocabulary is not that of CLIP's BPE; only that one is read")
-
-
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    from open_clip.factory import load_state_dict
-
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        if files := sorted(folder.glob(pattern)):
-            state: dict[str, torch.Tensor] = {}
-            for file in files:
-                state |= load_state_dict(str(file), weights_only=True)
-            return state
-    raise ModelError("no model.safetensors and no pytorch_model.bin")
-
-
-def _square(size: Any) -> int:
-    if isinstance(size, int):
-        return size
-    if len({*size}) != 1:
-        raise ModelError(f"image or patch size {size}: expected a square")
-    return int(size[0])
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: expected a JSON object")
-    return content

@@ -28,9 +28,10 @@ model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
 tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
 """,
     "transformers": """
-from transformers import CLIPModel, CLIPProcessor
-model, processor = CLIPModel.from_pretrained("FOLDER"), CLIPProcessor.from_pretrained("FOLDER")
-# transformers 5 resizes with torchvision; the very pixels of training: CLIPImageProcessorPil.from_pretrained("FOLDER")
+from transformers import AutoModel, AutoProcessor
+model, processor = AutoModel.from_pretrained("FOLDER"), AutoProcessor.from_pretrained("FOLDER")
+# transformers 5 resizes with torchvision; the very pixels of training: CLIPImageProcessorPil.from_pretrained("FOLDER"),
+# SiglipImageProcessorPil for a SigLIP. A SigLIP sees its padding: processor(text=…, padding="max_length")
 """,
     "onnx": """
 import onnxruntime

@@ -1,7 +1,7 @@
 """The forms of an export.
 
     open_clip     open_clip_config.json (architecture and preprocessing), open_clip_model.safetensors
-    transformers  config.json, preprocessor_config.json, model.safetensors, CLIP's tokenizer
+    transformers  config.json, preprocessor_config.json, model.safetensors, the tokenizer
     onnx          image.onnx (pixels → image_embedding), text.onnx (tokens → text_embedding), open_clip_config.json
     adapter       adapter_config.json, adapter_model.safetensors
 
@@ -73,8 +73,16 @@ def _write_architecture(clip: Clip, to: Path) -> None:
     """open_clip's configuration, and the tokenizer if it is none of open_clip's own."""
     from open_clip.tokenizer import HFTokenizer
 
+    from curate.clip import timm_towers
+
     if not clip.architecture:
         raise ModelError(f"{clip.name}: open_clip has no configuration of its architecture; it cannot be exported")
+    if timm_towers.is_beyond_open_clip(clip.architecture):
+        raise ModelError(
+            f"--to open_clip: this CLIP's image tower is {clip.architecture['vision_cfg']['timm_model_name']} with "
+            "timm_model_kwargs, which open_clip reads from version 4 on, and the installed one is older; export --to "
+            "transformers"
+        )
     if isinstance(clip.tokenizer, HFTokenizer):
         clip.tokenizer.save_pretrained(to)
     config = {"model_cfg": clip.architecture, "preprocess_cfg": clip.preprocess_cfg}
@@ -90,20 +98,26 @@ def _write_safetensors(weights: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def write_transformers(clip: Clip, to: Path) -> None:
-    """Write a plain CLIP as a folder that transformers' `CLIPModel` and `CLIPProcessor` load.
+    """Write a plain CLIP as a folder that transformers loads: `CLIPModel` or `SiglipModel`, and their processors.
 
     Raises:
         ModelError: transformers has no model of this architecture.
     """
-    from curate.clip import huggingface
+    from curate.clip import huggingface, siglip
+    from curate.clip.tokens import files_for_transformers
 
-    configs = huggingface.transformers_configs(clip.architecture, clip.preprocess_cfg)
-    _write_safetensors(
-        huggingface.to_transformers(clip.model.state_dict(), clip.architecture), to / "model.safetensors"
-    )
+    if siglip.is_siglip(clip.architecture):
+        configs = siglip.transformers_configs(clip.model, clip.architecture, clip.preprocess_cfg)
+        weights = siglip.to_transformers(clip.model, clip.architecture)
+        tokenizer = files_for_transformers(clip.tokenizer, clip.architecture["text_cfg"])
+    else:
+        configs = huggingface.transformers_configs(clip.architecture, clip.preprocess_cfg)
+        weights = huggingface.to_transformers(clip.model.state_dict(), clip.architecture)
+        tokenizer = huggingface.tokenizer_files(clip.architecture["text_cfg"].get("context_length", 77))
+    _write_safetensors(weights, to / "model.safetensors")
     for name, config in configs.items():
         write_text(to / name, json.dumps(config, indent=2))
-    for name, text in huggingface.tokenizer_files(clip.architecture["text_cfg"].get("context_length", 77)).items():
+    for name, text in tokenizer.items():
         write_text(to / name, text)
 
 

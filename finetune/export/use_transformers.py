@@ -12,20 +12,28 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
 try:  # PIL's resize, which CLIP was trained with; transformers 5 resizes tensors by default: pixels off by one in 255
-    from transformers import CLIPImageProcessorPil as CLIPImageProcessor
+    from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+
+    PROCESSORS = {"clip": CLIPImageProcessorPil, "siglip": SiglipImageProcessorPil}
 except ImportError:
-    from transformers import CLIPImageProcessor  # type: ignore[assignment]
+    PROCESSORS = {"clip": AutoProcessor, "siglip": AutoProcessor}
 
 folder, given, out = sys.argv[1:]
-model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+kind = model.config.model_type
+AutoProcessor.from_pretrained(folder, local_files_only=True)
 images: list[Image.Image] = [Image.open(path) for path in sorted(Path(given).glob("*.png"))]
 captions = json.loads(Path(given, "captions.json").read_text("utf-8"))
-pixels = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)(images, return_tensors="pt")
-tokens = CLIPTokenizer.from_pretrained(folder, local_files_only=True)(
-    captions, padding=True, truncation=True, return_tensors="pt"
+pixels = PROCESSORS[kind].from_pretrained(folder, local_files_only=True)(images=images, return_tensors="pt")
+tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True)(
+    captions,
+    padding=True if kind == "clip" else "max_length",  # SigLIP's padding is seen
+    max_length=model.config.text_config.max_position_embeddings,
+    truncation=True,
+    return_tensors="pt",
 )
 with torch.no_grad():
     found = model(**pixels, **tokens)

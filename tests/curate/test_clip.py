@@ -59,26 +59,29 @@ def test_weights_that_cannot_be_had_are_told_at_once_with_the_way_out(monkeypatc
         load("RN50")
 
 
-@pytest.mark.parametrize("name", ["hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "ViT-B/32"])
 @pytest.mark.parametrize("hub", ["http://127.0.0.1:9", "https://hub.invalid"])  # refused; not to be resolved
-def test_a_hub_that_cannot_be_reached_costs_less_than_a_second(name: str, hub: str) -> None:
-    code = f"""
+def test_a_hub_that_cannot_be_reached_costs_less_than_a_second(hub: str) -> None:
+    code = """
 import time, open_clip, huggingface_hub, safetensors
 from curate.clip import load
 from curate.errors import ModelError
-start = time.monotonic()
-try:
-    load({name!r})
-except ModelError as error:
-    print(time.monotonic() - start, error)
+for name in ("hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "ViT-B/32"):
+    start = time.monotonic()
+    try:
+        load(name)
+    except ModelError as error:
+        print(time.monotonic() - start, error)
 """
     environment = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment | {"HF_ENDPOINT": hub}, capture_output=True, text=True, check=True
     )
-    seconds, _, message = done.stdout.partition(" ")
-    assert float(seconds) < 1
-    assert "run `hf download " in message
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        seconds, _, message = line.partition(" ")
+        assert float(seconds) < 1
+        assert "run `hf download " in message
 
 
 def test_load_gives_no_random_weights() -> None:

@@ -209,7 +209,7 @@ def test_locked_towers_and_pretrained_statistics_stay_in_eval_mode():
 
 
 def test_a_target_without_layers_says_so():
-    with pytest.raises(ModelError, match=r"'conv' names no layer.*\(conv and pool are a ResNet's\)"):
+    with pytest.raises(ModelError, match=r"'conv' names no layer.*\(conv is a ResNet's, pool a ResNet's or SigLIP's\)"):
         adapt(build("tiny-vit"), lora("tiny-vit", targets=["q", "conv"]))
     with pytest.raises(ModelError, match="'q' names no layer of this CLIP's trained towers"):
         adapt(build("tiny-resnet"), lora("tiny-resnet", targets=["q"], lock=["text"]))

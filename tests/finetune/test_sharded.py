@@ -96,9 +96,11 @@ def test_a_killed_sharded_run_goes_on_from_its_checkpoint(runs, dataset, archite
 
 
 def test_a_sharded_lora_trains_and_is_exported(runs, dataset, architectures):
-    options = ["--trainer.strategy", "fsdp2", "--model.adapter.rank", "2", "--model.compute.micro_batch_size", "3"]
-    fit(runs, "lora", dataset, architectures["tiny-vit"], *options)
-    fit(runs, "lora-ddp", dataset, architectures["tiny-vit"], "--trainer.strategy", "ddp", "--model.adapter.rank", "2")
+    """DoRA, which is LoRA and the lengths of whole weights, of which each process has a part."""
+    adapter = ["--model.adapter.rank", "2", "--model.adapter.variant", "dora"]
+    options = ["--trainer.strategy", "fsdp2", "--model.compute.micro_batch_size", "3"]
+    fit(runs, "lora", dataset, architectures["tiny-vit"], *adapter, *options)
+    fit(runs, "lora-ddp", dataset, architectures["tiny-vit"], *adapter, "--trainer.strategy", "ddp")
     assert_close(weights(runs / "lora"), weights(runs / "lora-ddp"), atol=1e-4)
     export(runs / "lora", runs / "exported")
     open_clip.create_model(f"local-dir:{runs / 'exported'}")

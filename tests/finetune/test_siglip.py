@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import SiglipModel
 
 from curate.clip import load_clip
 from curate.errors import ModelError
-from finetune.config import AdapterConfig, LossConfig
+from finetune.config import AdapterConfig, FitConfig, LossConfig
 from finetune.export import export
 from finetune.fit import fit
 from finetune.losses import contrastive_loss, positives, sigmoid_loss
 from finetune.module import CLIPModule
 from tests.finetune import tiny
 from tests.finetune.fitted import tiny_config
+from tests.finetune.siglip import write_siglip
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +138,70 @@ def test_a_siglip_above_100_is_not_pulled_down(with_bias, dataset, tmp_path):
     fit(config)
     module = CLIPModule.load_from_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert module.model.logit_scale.item() == pytest.approx(4.7215, abs=0.03)
+
+
+# --- from a folder of transformers ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("transformers")
+    write_siglip(folder)
+    return folder
+
+
+def config_of(out: Path, dataset: Path, folder: Path, adapter: AdapterConfig) -> FitConfig:
+    config = tiny_config(out, dataset, str(folder), adapter, steps=4)
+    return replace(config, checkpoint_every_n_steps=1, trainer=replace(config.trainer, val_check_interval=4))
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]  # noqa: TID251
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_siglip_of_transformers_is_trained_goes_on_and_is_exported(kind, folder, dataset, tmp_path, monkeypatch):
+    """Killed and gone on to the same bits; its checkpoint needs the folder no more, tokenizer included."""
+    targets = ["q", "k", "v", "out", "fc", "proj", "projection", "pool"]
+    adapter = AdapterConfig(kind=kind, rank=2, targets=targets)
+    start = tmp_path / "start"
+    shutil.copytree(folder, start)
+    whole, parts = (config_of(tmp_path / name, dataset, start, adapter) for name in ("whole", "parts"))
+    fit(whole)
+    step, calls = CLIPModule.training_step, []
+
+    def stops(self: CLIPModule, batch: Any, batch_idx: int) -> Any:
+        calls.append(batch_idx)
+        if len(calls) == 3:
+            raise RuntimeError("as if killed")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(CLIPModule, "training_step", stops)
+    with pytest.raises(RuntimeError, match="as if killed"):
+        fit(parts)
+    monkeypatch.undo()
+    fit(parts)
+    first, second = weights_of(whole.out), weights_of(parts.out)
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+    module = CLIPModule({"name": str(start)}, adapter)
+    fresh = module.state_dict()
+    if kind == "full":  # of a key's bias only rounding
+        still = [name for name, weight in first.items() if torch.equal(weight, fresh[name]) and "k_proj" not in name]
+        assert still == []
+    else:
+        dead = [name for name, weight in first.items() if "lora_B" in name and not weight.any()]
+        assert dead == []
+        assert sum("lora_B" in name for name in first) == 2 * 6 + 5 + 2 * 6 + 1
+
+    captions = ["A red circle.", "square"]
+    tokens = module.clip.tokenizer(captions)
+    shutil.rmtree(start)
+    again = CLIPModule.load_from_checkpoint(whole.out / "checkpoints" / "last.ckpt", weights_only=True)
+    assert again.is_sigmoid
+    assert torch.equal(again.clip.tokenizer(captions), tokens)
+    if kind == "lora":
+        export(whole.out, tmp_path / "exported", "transformers", checkpoint="last")  # compared by transformers itself
+        model = SiglipModel.from_pretrained(tmp_path / "exported")
+        assert model.logit_bias.item() == again.model.logit_bias.item() != -16.5
+        assert model.logit_scale.item() == again.model.logit_scale.item()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from curate.errors import ModelError
+from curate.clip import rebuild
 from finetune.adapters import adapt, merge, open_projections, save_adapter
 from finetune.attention import split_attention
 from finetune.config import AdapterConfig
@@ -165,29 +165,29 @@ def test_merging_takes_every_adapter_and_projection_away(name):
 
 
 def siglip() -> nn.Module:
-    """A CLIP as SigLIP's are built: a timm trunk (q, k and v in one layer), no causal mask, a biased projection."""
-    from open_clip import CustomTextCLIP
-
+    """SigLIP in small: a timm trunk (q, k and v in one layer) with an attention pool, no causal mask, a biased
+    projection."""
     torch.manual_seed(0)
-    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "avg", "timm_proj": "linear", "image_size": 224}
+    timm = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 3, "act_layer": "gelu_tanh"}
+    vision = {"timm_model_name": "vit_base_patch16_siglip_224", "timm_pool": "map", "timm_proj": "none"}
     text = {"context_length": 16, "vocab_size": 1000, "width": 32, "heads": 2, "layers": 1}
     text |= {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
-    model = CustomTextCLIP(embed_dim=24, vision_cfg=vision, text_cfg=text, init_logit_bias=-10).double().eval()
-    model.visual.trunk.blocks = model.visual.trunk.blocks[:2]  # two of twelve are enough
-    return model
+    model_cfg = {"embed_dim": 24, "custom_text": True, "init_logit_bias": -10, "text_cfg": text}
+    model_cfg |= {"vision_cfg": vision | {"image_size": 32, "timm_model_kwargs": timm}}
+    return rebuild("siglip", model_cfg, {}).model.double().eval()
 
 
 def see_and_read(model: nn.Module) -> tuple[Tensor, Tensor]:
     random = torch.Generator().manual_seed(1)
-    pixels = torch.randn(2, 3, 224, 224, generator=random, dtype=torch.float64)
+    pixels = torch.randn(2, 3, 32, 32, generator=random, dtype=torch.float64)
     return model.encode_image(pixels), model.encode_text(torch.randint(1, 1000, (2, 16), generator=random))
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "rslora"])
-def test_a_timm_trunk_and_a_projection_with_a_bias_follow_the_formula_too(variant):
+def test_a_timm_trunk_its_attention_pool_and_a_projection_with_a_bias_follow_the_formula_too(variant):
     plain, model = siglip(), siglip()
     split_attention(plain)
-    targets = TARGETS["tiny-vit"]
+    targets = [*TARGETS["tiny-vit"], "pool"]
     adapt(model, AdapterConfig(rank=RANK, alpha=ALPHA, targets=targets, variant=variant))
     for x, y in zip(see_and_read(model), see_and_read(plain), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
@@ -196,8 +196,9 @@ def test_a_timm_trunk_and_a_projection_with_a_bias_follow_the_formula_too(varian
         if "lora_B" in key or "lora_magnitude" in key:
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=random, dtype=parameter.dtype)
     layers = layers_of(model)
-    assert {"visual.trunk.blocks.1.attn.qkv", "visual.head.proj", "text.text_projection.linear"} <= set(layers)
-    assert len(layers) == 2 * 4 + 6 + 2
+    pool = {f"visual.trunk.attn_pool.{part}" for part in ("q", "kv", "proj", "mlp.fc1", "mlp.fc2")}
+    assert {"visual.trunk.blocks.1.attn.q_proj", "text.text_projection.linear", *pool} <= set(layers)
+    assert len(layers) == 2 * 6 + 5 + 6 + 1  # blocks, pool, text block, projection
     weights, leaves = by_hand(model, variant)
     replaced = {f"clip.{key}": weight for key, weight in weights.items()}
 
@@ -217,9 +218,11 @@ def test_a_timm_trunk_and_a_projection_with_a_bias_follow_the_formula_too(varian
         torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
 
 
-def test_q_k_and_v_in_one_layer_get_an_adapter_for_all_three_or_none():
-    with pytest.raises(ModelError, match="is q, k and v in one layer; name all three of them, or none"):
-        adapt(siglip(), AdapterConfig(targets=["q", "v"]))
+def test_some_of_q_k_and_v_can_be_chosen_in_a_timm_trunk():
+    model = siglip()
+    adapt(model, AdapterConfig(targets=["q", "v"]))
+    image = {name for name in layers_of(model) if name.startswith("visual.")}
+    assert image == {f"visual.trunk.blocks.{n}.attn.{part}_proj" for n in (0, 1) for part in "qv"}
 
 
 @pytest.mark.parametrize("kind", ["full", "layernorm", "bias", "last", "probe"])
@@ -236,10 +239,11 @@ def test_each_kind_finds_its_weights_in_a_timm_trunk(kind):
     if kind == "probe":
         assert trained == {
             "logit_scale",
-            "visual.head.proj.weight",
+            "visual.trunk.attn_pool.mlp.fc2.weight",
+            "visual.trunk.attn_pool.mlp.fc2.bias",
             "text.text_projection.weight",
             "text.text_projection.bias",
         }
     if kind == "last":
-        assert "visual.trunk.blocks.1.attn.qkv.weight" in trained
-        assert "visual.trunk.blocks.0.attn.qkv.weight" not in trained
+        assert "visual.trunk.blocks.1.attn.q_proj.weight" in trained
+        assert "visual.trunk.blocks.0.attn.q_proj.weight" not in trained
