@@ -69,6 +69,13 @@ class Read(NamedTuple):
     broken: list[Broken]
 
 
+def _stacked(pixels: Sequence[Tensor]) -> Tensor:
+    """(B, 3, H, W), with the channels last in memory where they are last in what is stacked."""
+    if pixels[0].is_contiguous():
+        return torch.stack([*pixels])
+    return torch.stack([each.permute(1, 2, 0) for each in pixels]).permute(0, 3, 1, 2)
+
+
 @dataclass
 class PairDataset(Dataset[Read]):
     """Whole batches by `Draw`s.
@@ -116,7 +123,7 @@ class PairDataset(Dataset[Read]):
         rows = [draw.row for draw in read]
         group = torch.tensor([*zip(said, map(self._duplicates, rows), images, strict=True)])
         seen = self.trim(tokens) if self.trim else tokens
-        return Read({"pixels": torch.stack(pixels), "tokens": seen, "group": group, "row": torch.tensor(rows)}, broken)
+        return Read({"pixels": _stacked(pixels), "tokens": seen, "group": group, "row": torch.tensor(rows)}, broken)
 
     def _caption(self, draw: Draw) -> str:
         source = self._sources[draw.row].as_py()
