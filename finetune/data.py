@@ -79,6 +79,13 @@ class Read(NamedTuple):
     broken: list[Broken]
 
 
+def _stacked(pixels: Sequence[Tensor]) -> Tensor:
+    """(B, 3, H, W), with the channels last in memory where they are last in what is stacked."""
+    if pixels[0].is_contiguous():
+        return torch.stack([*pixels])
+    return torch.stack([each.permute(1, 2, 0) for each in pixels]).permute(0, 3, 1, 2)
+
+
 @dataclass
 class PairDataset(Dataset[Read]):
     """Whole batches by `Draw`s.
@@ -138,7 +145,7 @@ class PairDataset(Dataset[Read]):
             InputError: nothing readable is found to stand in for one.
         """
         read, seen, ids = zip(*(self._readable(draw, broken) for draw in draws), strict=True)
-        return list(read), {"image" if self._keeps("image") else "pixels": torch.stack(seen)}, list(ids)
+        return list(read), {"image" if self._keeps("image") else "pixels": _stacked(seen)}, list(ids)
 
     def texts(self, draws: Sequence[Draw]) -> tuple[Batch, list[int]]:
         """What is said of samples, and an id of each text, as the text tower reads it."""
