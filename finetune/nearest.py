@@ -1,4 +1,4 @@
-"""What an evaluation keeps to be looked at: the nearest candidates of its queries, and a piece of its similarity matrix.
+"""What an evaluation keeps to be looked at: its queries' nearest candidates, and a piece of its similarity matrix.
 
 Both are bounded, whatever the size of a set, and drawn by seed: never picked by what a CLIP does, so that the same
 queries are seen before and after training.
