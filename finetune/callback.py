@@ -190,8 +190,7 @@ class EvaluationCallback(lightning.Callback):
             "evaluation_seconds": round(self.evaluation_seconds, 1),
             "samples_seen": self.samples,
             "device": _device_name(trainer),
-            "peak_memory_bytes": self._peak_bytes
-            or None,  # as of the last checkpoint: the same if it went on from there
+            "peak_memory_bytes": self._peak_bytes or None,  # as the last checkpoint has it
             "dataset": ", ".join(str(source.path) for source in self.data.trained_on),
         }
 

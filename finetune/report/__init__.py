@@ -111,7 +111,7 @@ def _values(
         "plots": _plots(curves),
         "dataset": dataset,
         "dataset_report": _relative(dataset / "report.html", run),
-        "data": _data(config, run),
+        "used_data": _data(config, run),
         "start_fingerprint": _start_fingerprint(run / "inputs.json"),
         "fingerprint": fingerprint({key: value for key, value in plain.items() if key != "out"}),
         "config": yaml.safe_dump(plain, sort_keys=False, allow_unicode=True),

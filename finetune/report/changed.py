@@ -63,7 +63,7 @@ def _classification(task: Mapping[str, Any], shown: Mapping[str, str], title: Ca
     confusion = task["confusion"]
     names = [*confusion["classes"], *(["all others"] if confusion["others"] else [])]
     diagonal = [[row == column for column in range(len(names))] for row in range(len(confusion["classes"]))]
-    heat = {
+    cells = {
         side: heat(confusion[side], (0.0, 1.0), diagonal, lambda value: f"{100 * value:.0f}" if value else "")
         for side in ("before", "after")
     }
@@ -74,7 +74,7 @@ def _classification(task: Mapping[str, Any], shown: Mapping[str, str], title: Ca
             {**change, "sources": [shown.get(key) for key in change["pictures"]], "fewer": _fewer(change)}
             for change in task["changes"]
         ],
-        "confusion": {"rows": confusion["classes"], "columns": names, **heat},
+        "confusion": {"rows": confusion["classes"], "columns": names, **cells},
         "worst": [{**some, "source": shown.get(some["picture"])} for some in task["worst"]],
     }
 
