@@ -118,7 +118,8 @@ def render(templates: Path, values: Mapping[str, Any], *, more: Sequence[str] = 
     Args:
         templates: folder of the template.
         values: what the template names; everything but `Markup` is made visible and escaped.
-        more: names of style sheets and scripts to go with `page.css` and `page.js`, in order; scripts share one scope.
+        more: names of style sheets and scripts to go with `page.css` and `page.js`, in order, in `templates` or beside
+            the shared ones; scripts share one scope.
         data: JSON-ready, for the scripts: they find it in `#data`, and may only ever show it as text.
     """
     environment = jinja2.Environment(
@@ -131,7 +132,7 @@ def render(templates: Path, values: Mapping[str, Any], *, more: Sequence[str] = 
     )
     environment.filters |= {"clip": clip, "link": link, "count": count, "size": size, "duration": duration}
     environment.globals |= {"share": share}
-    style, script = (_sources(kind, more) for kind in ("css", "js"))
+    style, script = (_sources(kind, templates, more) for kind in ("css", "js"))
     frame = {
         "style": Markup(style),  # noqa: S704 - our own files
         "script": Markup(script),  # noqa: S704 - our own files
@@ -143,9 +144,10 @@ def render(templates: Path, values: Mapping[str, Any], *, more: Sequence[str] = 
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
-def _sources(kind: str, more: Sequence[str]) -> str:
+def _sources(kind: str, templates: Path, more: Sequence[str]) -> str:
     names = [f"page.{kind}", *(name for name in more if name.endswith(f".{kind}"))]
-    return "".join((FRAME / name).read_text("utf-8") for name in names)
+    paths = (next(path for path in (templates / name, FRAME / name) if path.is_file()) for name in names)
+    return "".join(path.read_text("utf-8") for path in paths)
 
 
 def as_data(data: Any) -> Markup:

@@ -6,13 +6,15 @@ It writes into the folder of the run:
     evaluation.json   {"before": {METRIC: {value, low, high, n}}, "after": …, "delta": {METRIC: {value, low, high}},
                       "facts": {…}}
     interpolation.json  checkpoints/interpolated.ckpt  (finetune/interpolate.py)
-    examples.json     the best images of a few captions, before and after (finetune/examples.py)
+    examples.json     what was won, lost and confused, before and after, with its pictures (finetune/examples.py)
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +33,7 @@ from finetune.evaluate import Evaluation, compare, evaluate_clip, metric_names
 from finetune.examples import examples
 from finetune.keep import TRADE_OFF, Goal
 from finetune.module import CLIPModule
-from finetune.runs import INTERPOLATED
+from finetune.runs import INTERPOLATED, checkpoint_of, load_trained_clip, model_fingerprint
 from finetune.sets import evaluation_sets
 
 logger = logging.getLogger("cliptailor")
@@ -56,7 +58,8 @@ class EvaluationCallback(lightning.Callback):
         self.keep = keep or KeepConfig()
         self.goal: Goal | None = None
         self.sets = evaluation_sets(config, data.dataset)
-        self.seconds, self.samples = 0.0, 0
+        self.seconds, self.samples, self.evaluation_seconds = 0.0, 0, 0.0
+        self._peak_bytes, self._device = 0, torch.device("cpu")
         self._mark = 0.0
 
     @property
@@ -77,6 +80,7 @@ class EvaluationCallback(lightning.Callback):
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Evaluate the untouched model into before.json; a resumed run has it already."""
+        self._device = trainer.strategy.root_device
         # Sharded weights are restored later than this; then the file tells that there is something to restore.
         resumed = trainer.ckpt_path or (pl_module.is_sharded and (self.out / "before.json").is_file())
         if not resumed:
@@ -93,7 +97,9 @@ class EvaluationCallback(lightning.Callback):
         """Rank 0's evaluation; the others get None, and take part only where each has but a part of the weights."""
         if not (trainer.is_global_zero or module.is_sharded):
             return None
+        began = time.monotonic()
         found = self.evaluate(module, module.device)
+        self.evaluation_seconds += time.monotonic() - began
         return found if trainer.is_global_zero else None
 
     def _before(self) -> Evaluation:
@@ -131,6 +137,8 @@ class EvaluationCallback(lightning.Callback):
         goal = self.goal if self.keep.interpolate else None
         if goal and (chosen := self._interpolate(end, goal, device, before, after)):
             after, facts["checkpoint"] = chosen.evaluation, f"{INTERPOLATED} (α = {chosen.alpha})"
+        # Of what `finetune export` will take; an export that gives another is another model.
+        facts["fingerprint"] = model_fingerprint(load_trained_clip(checkpoint_of(self.out), "cpu").model)
         write_text(self.out / "evaluation.json", json.dumps(compare(before, after, facts), indent=1))
         write_text(self.out / "examples.json", json.dumps(examples(self.sets, before, after)))
 
@@ -180,6 +188,10 @@ class EvaluationCallback(lightning.Callback):
             "steps": trainer.global_step,
             "seconds": round(self.seconds, 1),
             "samples_per_second": round(self.samples / self.seconds, 1) if self.seconds else None,
+            "evaluation_seconds": round(self.evaluation_seconds, 1),
+            "samples_seen": self.samples,
+            "device": _device_name(trainer),
+            "peak_memory_bytes": self._peak_bytes or None,  # as the last checkpoint has it
             "dataset": ", ".join(str(source.path) for source in self.data.trained_on),
             "features": asdict(saved) | {"spared": self.samples - saved.computed} if saved else None,
         }
@@ -207,11 +219,40 @@ class EvaluationCallback(lightning.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Kept in each checkpoint."""
-        return {"seconds": self.seconds, "samples": self.samples}
+        on_cuda = self._device.type == "cuda"
+        now = torch.cuda.max_memory_allocated(self._device) if on_cuda else peak_memory()
+        self._peak_bytes = max(self._peak_bytes, now or 0)
+        told = {"seconds": self.seconds, "samples": self.samples, "evaluation_seconds": self.evaluation_seconds}
+        return {**told, "peak_bytes": self._peak_bytes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting from a checkpoint."""
         self.seconds, self.samples = state_dict["seconds"], state_dict["samples"]
+        # An earlier version's checkpoint has neither.
+        self.evaluation_seconds = state_dict.get("evaluation_seconds", 0.0)
+        self._peak_bytes = state_dict.get("peak_bytes", 0)
+
+
+def peak_memory() -> int | None:
+    """Bytes of memory that this process held at most; None where the system does not say.
+
+    Linux counts from the program's start; `ru_maxrss`, elsewhere, may be that of the process that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        return int(found[1]) * 1024 if found else None
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _device_name(trainer: lightning.Trainer) -> str:
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    return name if trainer.world_size == 1 else f"{trainer.world_size} × {name}"
 
 
 def best_checkpoint(trainer: lightning.Trainer) -> str | None:

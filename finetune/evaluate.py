@@ -47,6 +47,7 @@ from finetune.metrics import (
     recall_at,
     retrieve,
 )
+from finetune.nearest import Matrix, Nearest, draw_pairs, matrix, nearest
 from finetune.probe import draw_shots, probe
 from finetune.prompts import zero_shot_classifier
 from finetune.sets import EvaluationSets, ProbeSet, RetrievalSet, ZeroShotSet
@@ -59,8 +60,6 @@ TOPS = (1, 5)
 DECODERS = min(
     16, os.cpu_count() or 1
 )  # threads that decode and preprocess; both release the interpreter's lock for most of their time
-EXAMPLES = 6  # captions of examples.json
-EXAMPLE_IMAGES = 4  # images shown for each
 
 Preprocess = Callable[[Image.Image], torch.Tensor]
 Tokenizer = Callable[[Sequence[str]], torch.Tensor]
@@ -120,12 +119,14 @@ class Evaluation:
     Attributes:
         sets: fingerprint of the sets.
         rankings: by task: `val/image_to_text`, `zero_shot/digits`, …
-        examples: by retrieval set: for some captions (numbers in the set) the best images: (number, cosine similarity).
+        nearest: by task: what the queries (of a large set, a sample of them) found; not of probes.
+        matrices: by set (`val`, `zero_shot/digits`): the similarities of a few pairs with each other.
     """
 
     sets: str
     rankings: dict[str, Ranking]
-    examples: dict[str, dict[str, list[tuple[int, float]]]] = field(default_factory=dict)
+    nearest: dict[str, Nearest] = field(default_factory=dict)
+    matrices: dict[str, Matrix] = field(default_factory=dict)
 
     def outcomes(self) -> dict[str, Outcomes]:
         """Every metric, by its full name."""
@@ -156,14 +157,17 @@ class Evaluation:
 
     def to_json(self) -> str:
         """Everything, as text that `from_json` reads back."""
-        return json.dumps(asdict(self))
+        return json.dumps(asdict(self), separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str) -> Evaluation:
         """Read back what `to_json` gave."""
         read = json.loads(text)
         rankings = {task: Ranking(**ranking) for task, ranking in read["rankings"].items()}
-        return Evaluation(read["sets"], rankings, read["examples"])
+        # A run that an earlier version began has neither.
+        nearest_ = {task: Nearest(**found) for task, found in read.get("nearest", {}).items()}
+        matrices = {name: Matrix(**found) for name, found in read.get("matrices", {}).items()}
+        return Evaluation(read["sets"], rankings, nearest_, matrices)
 
 
 def metric_names(sets: EvaluationSets) -> list[str]:
@@ -213,20 +217,18 @@ def evaluate_clip(
         InputError: an image cannot be read; names it.
     """
     towers = Encoder(model, preprocess, tokenizer, torch.device(device), batch_size)
-    rankings: dict[str, Ranking] = {}
-    examples = {}
+    found = Evaluation(sets.fingerprint, {})
     with _undisturbed(model, towers.device), torch.no_grad():
         for retrieval in sets.retrieval:
             logger.info("evaluating %s: %d images", retrieval.name, len(retrieval.images))
-            found, examples[retrieval.name] = _retrieve(towers, retrieval)
-            rankings |= found
+            _retrieve(towers, retrieval, found)
         for zero_shot in sets.zero_shot:
             logger.info("evaluating zero_shot/%s: %d images", zero_shot.name, len(zero_shot.images))
-            rankings[f"zero_shot/{zero_shot.name}"] = _classify(towers, zero_shot)
+            _classify(towers, zero_shot, found)
         for probes in sets.probes:
             logger.info("probing probe/%s: %d images to learn from", probes.name, len(probes.train.images))
-            rankings |= _probe(towers, probes)
-    return Evaluation(sets.fingerprint, rankings, examples)
+            found.rankings.update(_probe(towers, probes))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,34 +260,27 @@ def _normalised(features_BD: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(features_BD.float(), dim=-1)
 
 
-def _retrieve(towers: Encoder, task: RetrievalSet) -> tuple[dict[str, Ranking], dict[str, list[tuple[int, float]]]]:
+def _retrieve(towers: Encoder, task: RetrievalSet, found: Evaluation) -> None:
     image_ND, caption_MD = towers.images(task.images), towers.captions(task.captions)
     pairs_P2 = torch.from_numpy(task.pairs)
-    to_text, text_precision = retrieve(image_ND, caption_MD, pairs_P2)
-    to_image, image_precision = retrieve(caption_MD, image_ND, pairs_P2.flip(1))
-    rankings = {
-        f"{task.name}/image_to_text": Ranking(to_text.tolist(), len(caption_MD), text_precision.tolist()),
-        f"{task.name}/text_to_image": Ranking(to_image.tolist(), len(image_ND), image_precision.tolist()),
-    }
-    return rankings, _best_images(image_ND, caption_MD)
+    for direction, query_ND, candidate_MD, pairs in (
+        ("image_to_text", image_ND, caption_MD, pairs_P2),
+        ("text_to_image", caption_MD, image_ND, pairs_P2.flip(1)),
+    ):
+        rank_N, precision_N = retrieve(query_ND, candidate_MD, pairs)
+        name = f"{task.name}/{direction}"
+        found.rankings[name] = Ranking(rank_N.tolist(), len(candidate_MD), precision_N.tolist())
+        found.nearest[name] = nearest(query_ND, candidate_MD)
+    found.matrices[task.name] = matrix(image_ND, caption_MD, draw_pairs(task.pairs.tolist()))
 
 
-def _best_images(image_ND: torch.Tensor, caption_MD: torch.Tensor) -> dict[str, list[tuple[int, float]]]:
-    """The best images of a few captions, drawn by seed (not picked: an example should not flatter)."""
-    drawn = np.random.default_rng(0).permutation(len(caption_MD))[:EXAMPLES]
-    best = {}
-    for caption in sorted(drawn.tolist()):
-        found = (image_ND @ caption_MD[caption]).topk(min(EXAMPLE_IMAGES, len(image_ND)))
-        best[str(caption)] = list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
-    return best
-
-
-def _classify(towers: Encoder, task: ZeroShotSet) -> Ranking:
-    return _ranked(_zero_shot_scores(towers, task, towers.images(task.images)), task, towers.model.logit_scale.exp())
-
-
-def _zero_shot_scores(towers: Encoder, task: ZeroShotSet, image_ND: torch.Tensor) -> torch.Tensor:
-    return image_ND @ zero_shot_classifier(towers.captions, task.classes, task.templates).T
+def _classify(towers: Encoder, task: ZeroShotSet, found: Evaluation) -> None:
+    name = f"zero_shot/{task.name}"
+    image_ND = towers.images(task.images)
+    class_CD = zero_shot_classifier(towers.captions, task.classes, task.templates)
+    found.rankings[name] = _ranked(image_ND @ class_CD.T, task, towers.model.logit_scale.exp())
+    found.nearest[name] = nearest(image_ND, class_CD)
+    found.matrices[name] = matrix(image_ND, class_CD, draw_pairs(list(enumerate(task.labels))))
 
 
 def _probe(towers: Encoder, task: ProbeSet) -> dict[str, Ranking]:
@@ -293,16 +288,16 @@ def _probe(towers: Encoder, task: ProbeSet) -> dict[str, Ranking]:
 
     The features are the L2-normalised embeddings, as CLIP_benchmark's. (The paper's are those before the projection.)
     """
-    classes = len(task.test.classes)
+    classes = task.test.classes
     test_ND, train = towers.images(task.test.images), _features(towers, task.train)
     validation = _features(towers, task.validation) if task.validation else None
-    zero_shot_NC = _zero_shot_scores(towers, task.test, test_ND)
+    zero_shot_NC = test_ND @ zero_shot_classifier(towers.captions, classes, task.test.templates).T
     found = {f"zero_shot/{task.name}": _ranked(zero_shot_NC, task.test, towers.model.logit_scale.exp())}
     for shots in task.shots:
         drawn = draw_shots(train[1], shots, task.seed).to(test_ND.device)
-        fitted = probe((train[0][drawn], train[1][drawn]), None, classes)
+        fitted = probe((train[0][drawn], train[1][drawn]), None, len(classes))
         found[f"probe/{task.name}/{shots}_shot"] = _ranked(fitted.scores(test_ND), task.test)
-    found[f"probe/{task.name}"] = _ranked(probe(train, validation, classes).scores(test_ND), task.test)
+    found[f"probe/{task.name}"] = _ranked(probe(train, validation, len(classes)).scores(test_ND), task.test)
     return found
 
 

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -32,6 +33,7 @@ from finetune.config import AdapterConfig
 from finetune.evaluate import Evaluation, evaluate_clip
 from finetune.keep import Goal
 from finetune.layers import tower_of
+from finetune.metrics import bootstrap_interval, percentiles, resampled
 
 if TYPE_CHECKING:
     from curate.clip import Clip
@@ -201,8 +203,13 @@ def as_json(goal: Goal, points: Sequence[Point], chosen: Alpha | None) -> dict[s
     start = next(point for point in points if point.alpha == START).evaluation.values()
     curve = []
     for point in points:
-        values = point.evaluation.values()
+        outcomes = point.evaluation.outcomes()
+        values = {metric: of.value for metric, of in outcomes.items()}
         kept = sum(values[metric] for metric in goal.keep) / len(goal.keep)
-        within = goal.score(start, values) >= 0
-        curve.append({**asdict(point.alpha), "gain": values[goal.gain], "keep": kept, "within": within})
+        told = {"gain": values[goal.gain], "keep": kept, "within": goal.score(start, values) >= 0}
+        told["gain_interval"] = bootstrap_interval(outcomes[goal.gain])
+        # Of several metrics: each resampled by itself, as they are of different samples.
+        resamples = [resampled(outcomes[metric], seed) for seed, metric in enumerate(goal.keep)]
+        told["keep_interval"] = percentiles(np.mean(resamples, axis=0))
+        curve.append({**asdict(point.alpha), **told})
     return {"goal": asdict(goal), "chosen": chosen and asdict(chosen), "points": curve}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,22 @@ def load_trained_clip(checkpoint: Path, device: str = "auto") -> Clip:
     clip.model = module.model.eval().to(choose_device(device))
     clip.name = str(checkpoint)
     return clip
+
+
+def model_fingerprint(model: Any) -> str:
+    """64 hex digits that the same weights give, whatever file or format they came from: of names, types and numbers.
+
+    Args:
+        model: a plain open_clip model: LoRA merged, attention as open_clip has it.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        # As bytes: numpy has no bfloat16.
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_named(name: str, device: str = "auto") -> Clip:

@@ -23,13 +23,13 @@ import yaml
 
 from curate import charts
 from curate.errors import InputError
-from curate.html import MAX_BYTES, count, duration, render, share
+from curate.html import MAX_BYTES, count, duration, render, share, size
 from curate.shards import fingerprint, write_text
+from finetune.report.changed import NOTHING, changed, heat
 
 POINTS = 300  # of a curve; longer ones are averaged
 SHARES = ("recall@", "map", "top", "per_class_mean", "ece", "accuracy")  # metrics from 0 to 1
 LOWER_IS_BETTER = ("loss", "median_rank", "ece", "ece_fitted")
-PICTURE = re.compile(r"data:image/(jpeg|png|webp);base64,[A-Za-z0-9+/=]+")
 FACTS: dict[str, Callable[[Any], str]] = {
     "model": str,
     "adapter": str,
@@ -44,6 +44,11 @@ FACTS: dict[str, Callable[[Any], str]] = {
         f"{found['tower']}: {found['embeddings']:,} embeddings, {found['computed']:,} of them computed in this run "
         f"({found['seconds']:g} s), read {found['spared']:,} times instead of decoding and encoding again"
     ),
+    "samples_seen": count,
+    "evaluation_seconds": duration,
+    "peak_memory_bytes": size,
+    "device": str,
+    "fingerprint": str,
 }
 TASKS = {
     "val": "Validation split: unseen pairs of the domain",
@@ -67,11 +72,17 @@ def run(run: Path) -> Path:
     examples = _read(run / "examples.json", json.loads) if (run / "examples.json").exists() else {}
     values = _values(run, config, evaluation, curves)
     values["interpolation"] = _interpolation(run / "interpolation.json")
-    page = render(Path(__file__).parent, {**values, "examples": _pictures(examples)})
-    if len(page.encode()) > MAX_BYTES:  # examples of a size that the evaluation never writes
-        page = render(Path(__file__).parent, {**values, "examples": _pictures({})})
+    page = _page({**values, **changed(examples, _title)})
+    if len(page.encode()) > MAX_BYTES:  # pictures of a size that the evaluation never writes
+        page = _page({**values, **changed(examples, _title, pictures=False)})
+    if len(page.encode()) > MAX_BYTES:
+        page = _page({**values, **NOTHING})
     write_text(run / "report.html", page)
     return run / "report.html"
+
+
+def _page(values: Mapping[str, Any]) -> str:
+    return render(Path(__file__).parent, values, more=("changed.css",))
 
 
 def _read(path: Path, parse: Any) -> dict[str, Any]:
@@ -104,7 +115,8 @@ def _values(
         "plots": _plots(curves),
         "dataset": dataset,
         "dataset_report": _relative(dataset / "report.html", run),
-        "dataset_fingerprint": _dataset_fingerprint(dataset / "manifest.json"),
+        "used_data": _data(config, run),
+        "start_fingerprint": _start_fingerprint(run / "inputs.json"),
         "fingerprint": fingerprint({key: value for key, value in plain.items() if key != "out"}),
         "config": yaml.safe_dump(plain, sort_keys=False, allow_unicode=True),
         "versions": _versions(),
@@ -292,6 +304,8 @@ def _interpolation(path: Path) -> dict[str, Any] | None:
             "alpha": _alpha(point),
             "gain": written(goal["gain"], point["gain"]),
             "keep": written(goal["keep"][0], point["keep"]),
+            "gain_interval": _written_interval(goal["gain"], point.get("gain_interval")),
+            "keep_interval": _written_interval(goal["keep"][0], point.get("keep_interval")),
             "within": point["within"],
             "chosen": told["chosen"] == {tower: point[tower] for tower in ("image", "text")},
         }
@@ -299,11 +313,31 @@ def _interpolation(path: Path) -> dict[str, Any] | None:
     ]
     return {
         "names": list(series),
+        "grid": _alpha_grid(points) if len(together) < len(points) else None,
         "chart": charts.lines(series, label="Between start and end"),
         "rows": rows,
         "chosen": told["chosen"] and _alpha(told["chosen"]),
         "budget": f"{100 * goal['budget']:g}",
     }
+
+
+def _written_interval(metric: str, ends: Sequence[float] | None) -> str:
+    return f"{written(metric, ends[0])} – {written(metric, ends[1])}" if ends else ""
+
+
+def _alpha_grid(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The gain at each α of the towers apart."""
+    images, texts = ({point[tower] for point in points} for tower in ("image", "text"))
+    at = {(point["image"], point["text"]): point for point in points}
+    rows, columns = sorted(images), sorted(texts)
+    ends = [point["gain"] for point in points]
+    cells = heat(
+        [[at[image, text]["gain"] for text in columns] for image in rows],
+        (min(ends), max(ends)),
+        [[at[image, text]["within"] for text in columns] for image in rows],
+        lambda value: f"{100 * value:.0f}",
+    )
+    return {"rows": [f"{image:g}" for image in rows], "columns": [f"{text:g}" for text in columns], "cells": cells}
 
 
 def _alpha(point: Mapping[str, float]) -> str:
@@ -325,21 +359,31 @@ def _plot_of(column: str) -> str:
 # --- the rest --------------------------------------------------------------------------------------------------------
 
 
-def _pictures(examples: Mapping[str, Any]) -> dict[str, Any]:
-    """`examples.json` with nothing for a picture that is not a `data:` picture."""
-
-    def safe(source: Any) -> str | None:
-        return source if isinstance(source, str) and PICTURE.fullmatch(source) else None
-
-    def images(some: Any) -> list[dict[str, Any]]:
-        return [{**image, "thumbnail": safe(image.get("thumbnail"))} for image in some or []]
-
-    shown = [
-        {"caption": example.get("caption"), "truth": safe(example.get("truth"))}
-        | {side: images(example.get(side)) for side in ("before", "after")}
-        for example in examples.get("examples") or []
+def _data(config: Mapping[str, Any], run: Path) -> list[dict[str, Any]]:
+    """What was trained on and evaluated with: paths, what they were for, links to their reports and data cards."""
+    data = config.get("data") or {}
+    sources = [source for source in data.get("sources") or [] if isinstance(source, dict)]
+    used = [("trained on", source.get("path")) for source in sources] or [("trained on", data.get("dataset"))]
+    used += [("evaluated and replayed", data.get("dataset"))] if sources else []
+    used += [("replayed", data.get("replay_dataset"))] if data.get("replay_dataset") else []
+    return [
+        {
+            "use": use,
+            "path": str(path),
+            "report": _relative(Path(str(path)) / "report.html", run),
+            "card": _relative(Path(str(path)) / "README.md", run),
+            "fingerprint": _dataset_fingerprint(Path(str(path)) / "manifest.json"),
+        }
+        for use, path in used
+        if path
     ]
-    return {"set": examples.get("set"), "examples": shown}
+
+
+def _start_fingerprint(path: Path) -> str | None:
+    try:
+        return str(json.loads(path.read_text("utf-8"))["weights"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _relative(path: Path, start: Path) -> str | None:

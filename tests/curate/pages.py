@@ -83,4 +83,4 @@ class Page(HTMLParser):
         if href.startswith(("http://", "https://")):
             assert attributes["rel"] == "noopener noreferrer nofollow"
         else:
-            assert href.startswith("#") or re.fullmatch(r"[\w./%~-]+/report\.html", href), href
+            assert href.startswith("#") or re.fullmatch(r"[\w./%~-]+/(report\.html|README\.md)", href), href

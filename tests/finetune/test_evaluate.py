@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,15 +20,17 @@ from sklearn.metrics import accuracy_score
 from curate.clip import Clip, load_clip
 from curate.errors import ConfigError, InputError
 from curate.shards import ShardWriter
-from finetune.callback import EvaluationCallback
+from finetune.callback import EvaluationCallback, peak_memory
 from finetune.config import AdapterConfig, DataConfig, EvaluateConfig, ZeroShotConfig
 from finetune.embedding import find_pictures
 from finetune.evaluate import Evaluation, Ranking, compare, evaluate_clip, metric_names
-from finetune.examples import examples
+from finetune.examples import _confusion, changed_most, examples
+from finetune.export import write_open_clip
 from finetune.fit import fit
 from finetune.module import CLIPModule
+from finetune.nearest import draw_pairs, nearest
 from finetune.predict import predict
-from finetune.runs import checkpoint_of, load_module
+from finetune.runs import checkpoint_of, load_module, load_trained_clip, model_fingerprint
 from finetune.sets import dataset_sets, evaluation_sets, zero_shot_set
 from tests.finetune import tiny
 from tests.finetune.fitted import fit_tiny, labelled_folder
@@ -261,27 +264,100 @@ def test_the_fingerprint_changes_with_samples_and_templates(dataset, folder):
     assert of(zero_shot=zero_shot[0]) != of(zero_shot=zero_shot[1])
 
 
-def test_examples_show_the_same_captions_before_and_after(clip, dataset):
+def test_examples_tell_what_was_won_lost_and_confused(dataset, folder, architectures):
+    sets = evaluation_sets(EvaluateConfig(zero_shot={"colours": ZeroShotConfig(images=folder)}), dataset)
+    before, after = two_evaluations(sets, architectures["tiny-vit"])
+    found = examples(sets, Evaluation.from_json(before.to_json()), after)
+    assert len(json.dumps(found)) < 600_000
+    task, was, now = sets.retrieval[0], *(each.rankings["val/text_to_image"].ranks for each in (before, after))
+    told = next(each for each in found["retrieval"] if each["direction"] == "text_to_image")
+    assert told["won"] == sum(old > 1 and new == 1 for old, new in zip(was, now, strict=True))
+    assert told["lost"] == sum(old == 1 and new > 1 for old, new in zip(was, now, strict=True))
+    assert told["won"] + told["lost"] > 0
+    for kind, shown in told["examples"].items():
+        for example in shown:
+            query = task.captions.index(example["query"]["caption"])
+            assert (example["before"]["rank"], example["after"]["rank"]) == (was[query], now[query])
+            assert kind == "worst" or (now[query] == 1) is (kind == "won")
+            for item in example["before"]["nearest"] + example["after"]["nearest"]:
+                assert item["match"] == (item["caption"] == example["query"]["caption"])
+                assert found["pictures"][item["picture"]].startswith("data:image/jpeg;base64,")
+    told = next(each for each in found["retrieval"] if each["direction"] == "image_to_text")
+    worst = [example["after"]["rank"] for example in told["examples"]["worst"]]
+    assert worst == sorted(after.rankings["val/image_to_text"].ranks, reverse=True)[: len(worst)]
+
+
+def test_the_mistakes_that_changed_most_are_counted_and_shown(dataset, folder, architectures):
+    sets = evaluation_sets(EvaluateConfig(zero_shot={"colours": ZeroShotConfig(images=folder)}))
+    before, after = two_evaluations(sets, architectures["tiny-vit"])
+    (told,) = examples(sets, before, after)["classification"]
+    old, new = (np.array(each.confusion()["zero_shot/colours"]) for each in (before, after))
+    classes = sets.zero_shot[0].classes
+    for change in told["changes"]:
+        cell = classes.index(change["class"]), classes.index(change["taken_for"])
+        assert (change["before"], change["after"], change["of"]) == (old[cell], new[cell], old[cell[0]].sum())
+    by = [abs(change["after"] - change["before"]) for change in told["changes"]]
+    difference = np.abs(new - old)
+    np.fill_diagonal(difference, 0)
+    assert by
+    assert by == sorted(difference.ravel(), reverse=True)[: len(by)]
+    assert told["confusion"]["after"] == (new / new.sum(1, keepdims=True)).tolist()
+    assert told["worst"]
+    assert all(mistake["after"]["class"] != mistake["class"] for mistake in told["worst"])
+
+
+def two_evaluations(sets, architecture: str) -> tuple[Evaluation, Evaluation]:
+    """Of two CLIPs with other random weights: what training could have changed, much of it is."""
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        found.append(run(load_clip(architecture, device="cpu"), sets))
+    return found[0], found[1]
+
+
+def test_what_is_kept_to_be_looked_at_is_what_the_embeddings_say(clip, dataset):
+    sets = evaluation_sets(EvaluateConfig(), dataset)
+    found, task = run(clip, sets), sets.retrieval[0]
+    image_ND = clip.embed_images([task.images.open(number) for number in range(len(task.images))])
+    score_NM = image_ND @ clip.embed_captions(task.captions).T
+    for image, kept in found.nearest["val/image_to_text"].of().items():
+        best = sorted(score_NM[image].tolist(), reverse=True)[: len(kept)]
+        assert [score for _, score in kept] == pytest.approx(best, abs=1e-4)
+        assert [float(score_NM[image, caption]) for caption, _ in kept] == pytest.approx(best, abs=1e-5)
+    matrix = found.matrices["val"]
+    expected = score_NM.T[matrix.captions][:, matrix.images]
+    assert torch.allclose(torch.tensor(matrix.similarity), expected, atol=1e-4)
+    assert set(zip(matrix.images, matrix.captions, strict=True)) <= {tuple(pair) for pair in task.pairs.tolist()}
+
+
+def test_of_a_large_set_a_sample_is_kept_the_same_for_every_clip(monkeypatch):
+    monkeypatch.setattr("finetune.nearest.WATCHED", 10)
+    first, second = (nearest(torch.randn(50, 4), torch.randn(30, 4)) for _ in range(2))
+    assert first.queries == second.queries == sorted(set(first.queries))
+    assert len(first.queries) == len(first.candidates) == 10
+    drawn = draw_pairs([(image, image % 40) for image in range(200)])
+    assert len({image for image, _ in drawn}) == len({caption for _, caption in drawn}) == len(drawn) == 12
+
+
+def test_of_many_classes_those_that_changed_are_shown_and_the_others_together():
+    before = Counter({(number, number): 4 for number in range(30)})
+    after = before + Counter({(3, 20): 3, (7, 8): 1})
+    after[3, 3], after[7, 7] = 1, 3
+    assert changed_most(before, after) == [(3, 20), (7, 8)]
+    confusion = _confusion([f"class {number}" for number in range(30)], before, after)
+    assert {"class 3", "class 20", "class 7", "class 8"} <= set(confusion["classes"])
+    assert confusion["others"]
+    row = confusion["after"][confusion["classes"].index("class 3")]
+    assert row[confusion["classes"].index("class 20")] == 0.75
+    assert all(sum(row) == pytest.approx(1) for row in confusion["before"] + confusion["after"])
+
+
+def test_an_evaluation_of_an_earlier_version_has_nothing_to_look_at_and_is_no_mistake(clip, dataset):
     sets = evaluation_sets(EvaluateConfig(), dataset)
     evaluation = run(clip, sets)
-    found = examples(sets, evaluation, Evaluation.from_json(evaluation.to_json()))
-    assert found["set"] == "val"
-    assert len(found["examples"]) == 6
-    for example in found["examples"]:
-        assert example["caption"] in sets.retrieval[0].captions
-        assert example["truth"].startswith("data:image/jpeg;base64,")
-        assert [image["similarity"] for image in example["before"]] == sorted(
-            (image["similarity"] for image in example["before"]), reverse=True
-        )
-        assert example["before"] == example["after"]
-        assert all(image["match"] == (image["caption"] == example["caption"]) for image in example["before"])
-    assert len(json.dumps(found)) < 300_000
-
-
-def test_without_a_retrieval_set_there_are_no_examples(clip, folder):
-    sets = evaluation_sets(EvaluateConfig(zero_shot={"colours": ZeroShotConfig(images=folder)}))
-    evaluation = run(clip, sets)
-    assert examples(sets, evaluation, evaluation) == {"set": None, "examples": []}
+    old = {key: value for key, value in json.loads(evaluation.to_json()).items() if key not in ("nearest", "matrices")}
+    found = examples(sets, Evaluation.from_json(json.dumps(old | {"examples": {}})), evaluation)
+    assert (found["retrieval"], found["matrices"], found["pictures"]) == ([], [], {})
 
 
 # --- in a training run -----------------------------------------------------------------------------------------------
@@ -307,6 +383,22 @@ def test_a_run_writes_before_after_and_what_changed(fitted):
     assert 0 < facts["trainable_parameters"] < facts["total_parameters"]
     assert facts["seconds"] >= 0
     assert facts["checkpoint"] == "best.ckpt"
+    assert facts["samples_seen"] == 6 * 8
+    assert facts["device"] == "CPU"
+    assert 50e6 < facts["peak_memory_bytes"] <= peak_memory()
+    assert facts["evaluation_seconds"] >= 0
+
+
+def test_the_fingerprint_is_that_of_the_weights_that_are_exported(fitted, tmp_path):
+    told = json.loads((fitted.out / "evaluation.json").read_text())["facts"]["fingerprint"]
+    trained = load_trained_clip(checkpoint_of(fitted.out), "cpu")
+    assert model_fingerprint(trained.model) == told
+    (tmp_path / "exported").mkdir()
+    write_open_clip(trained, tmp_path / "exported")
+    assert model_fingerprint(load_clip(f"local-dir:{tmp_path / 'exported'}", device="cpu").model) == told
+    with torch.no_grad():
+        trained.model.logit_scale += 1e-3
+    assert model_fingerprint(trained.model) != told
 
 
 def test_before_is_the_untouched_model_and_after_the_best_checkpoint(fitted):

@@ -208,11 +208,9 @@ def test_a_metrics_name_is_split_into_task_and_name(metric, parts):
 
 
 def test_the_page_is_inert_whatever_names_captions_and_pictures_say(tmp_path):
-    image = {"thumbnail": "javascript:alert(1)", "caption": NASTY, "similarity": 0.3, "match": True}
-    examples = {
-        "set": NASTY,
-        "examples": [{"caption": NASTY, "truth": f"data:image/png;base64,{NASTY}", "before": [image], "after": []}],
-    }
+    examples = looked_at(NASTY)
+    key = next(iter(examples["pictures"]))
+    examples["pictures"] = {key: "javascript:alert(1)", "b": f"data:image/png;base64,{NASTY}"}
     facts = {**FACTS, "model": NASTY, "adapter": NASTY}
     config = {"data": {"dataset": NASTY.replace("\x00", "")}, "note": NASTY}
     found = evaluation({f"zero_shot/{NASTY}/top1": (0.1, 0.2)}, facts)
@@ -254,26 +252,107 @@ def test_the_datasets_report_is_linked_where_it_is_there(tmp_path):
     assert "0123456789abcdef" in page.source
 
 
-def test_examples_show_the_nearest_images_before_and_after(tmp_path):
-    def image(match: bool) -> dict:
-        return {"thumbnail": picture(), "caption": "a handwritten seven", "similarity": 0.25, "match": match}
+def looked_at(caption: str = "a handwritten seven", side: int = 96) -> dict:
+    """An examples.json in which every part is there."""
+    image, text = {"picture": "val/1", "caption": caption}, {"picture": None, "caption": caption}
 
-    example = {
-        "caption": "seven",
-        "truth": picture(),
-        "before": [image(match=False)] * 4,
-        "after": [image(match=True)] * 4,
+    def example(query: dict, found: dict, truth: dict) -> dict:
+        wrong, right = ({**found, "similarity": 0.25, "match": match} for match in (False, True))
+        sides = {"before": {"rank": 37, "nearest": [wrong] * 4}, "after": {"rank": 1, "nearest": [right] * 4}}
+        return {"query": query, "truth": [truth], **sides}
+
+    def task(direction: str, query: dict, found: dict) -> dict:
+        shown = {kind: [example(query, found, found)] for kind in ("won", "lost", "worst")}
+        counts = {"queries": 400, "watched": 400, "won": 312, "lost": 7}
+        return {"set": "val", "direction": direction, **counts, "examples": shown}
+
+    predicted = {"class": caption, "probability": 0.875, "rank": 3}
+    change = {"class": "seven", "taken_for": caption, "of": 40, "before": 31, "after": 2, "pictures": ["val/1"] * 3}
+    confusion = {
+        "classes": ["one", caption],
+        "others": True,
+        "before": [[0.25, 0.5, 0.25]] * 2,
+        "after": [[0, 1, 0]] * 2,
     }
-    page = write_run(tmp_path / "run", evaluation(), examples={"set": "val", "examples": [example] * 2})
-    assert len(page.all("img")) == 18
-    assert len([figure for figure in page.all("figure") if figure.get("class") == "hit"]) == 10
+    digits = {
+        "set": "digits",
+        "images": 450,
+        "won": 11,
+        "lost": 2,
+        "changes": [change],
+        "confusion": confusion,
+        "worst": [{"picture": "val/1", "class": "four", "before": predicted, "after": predicted}],
+    }
+    own = [[True, False], [False, True]]
+    cosines = {"before": [[0.2, 0.3], [0.1, 0.2]], "after": [[0.9, 0.1], [0.0, 0.8]]}
+    return {
+        "pictures": {"val/1": picture(side)},
+        "retrieval": [task("image_to_text", image, text), task("text_to_image", text, image)],
+        "classification": [digits],
+        "matrices": [{"set": "val", "captions": [caption, "b"], "images": ["val/1"] * 2, "true": own, **cosines}],
+        "left_out": [],
+    }
+
+
+def test_what_was_won_lost_confused_and_mistaken_is_shown_in_pictures(tmp_path):
+    page = write_run(tmp_path / "run", evaluation(), examples=looked_at())
     page.assert_inert()
+    parts = {name: page.source.partition(f'id="{name}"')[2].partition("<h2")[0] for name in SECTIONS}
+    assert all(parts.values())
+    for words in ("312 won", "7 lost", "before: rank 37", "after: rank 1", "image → captions", "caption → images"):
+        assert words in parts["examples"]
+    assert parts["examples"].count('<figure class="hit">') == 8  # four of each example found after, for captions
+    assert ["seven", "a handwritten seven", "31", "2", "40"] in [row[:5] for row in page.rows]
+    assert ["a handwritten seven", "25", "50", "25"] in page.rows
+    assert "all others" in parts["confusion"]
+    assert ["a handwritten seven", "90", "10"] in page.rows
+    assert 'class="heat-20 own">90</td><td class="heat-2">10</td>' in parts["similarity"]
+    assert "own − other pairs: 0.00 before, <b>+0.80</b> after" in parts["similarity"].replace("+0.00", "0.00")
+    assert "a handwritten seven · 88 %" in parts["failures"]
+    assert page.source.count('tabindex="0" role="region"') >= 4  # what scrolls can be scrolled with the keyboard
+
+
+SECTIONS = ("examples", "confusion", "similarity", "failures")
+
+
+def test_examples_of_an_earlier_version_or_none_leave_the_sections_out(tmp_path):
+    for examples in ({"set": "val", "examples": []}, None):
+        source = write_run(tmp_path / "run", evaluation(), examples=examples).source
+        assert not [name for name in SECTIONS if f'id="{name}"' in source]
+
+
+def test_broken_examples_are_told(tmp_path):
+    with pytest.raises(InputError, match=r"examples\.json: 'retrieval' is missing or wrong"):
+        write_run(tmp_path / "run", evaluation(), examples={"pictures": {}})
+
+
+def test_cost_and_fingerprints_are_told(tmp_path):
+    told = {"samples_seen": 87040, "evaluation_seconds": 61, "peak_memory_bytes": 1_234_000_000, "device": "CPU"}
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "inputs.json").write_text('{"weights": "5ta27"}')
+    source = write_run(run, evaluation(facts={**FACTS, **told, "fingerprint": "f00d" * 16})).source
+    for words in ("87,040", "1 min 1 s", "1.2 GB", "peak memory of the process", "f00d" * 16, "5ta27"):
+        assert words in source
+
+
+def test_every_source_is_linked_with_its_report_and_its_data_card(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text("")
+    (tmp_path / "one" / "report.html").write_text("")
+    sources = [{"path": str(tmp_path / name)} for name in ("one", "two")]
+    config = {"data": {"dataset": str(tmp_path / "val"), "sources": sources}}
+    page = write_run(tmp_path / "run", evaluation(), config)
+    links = {a["href"] for a in page.all("a") if not a["href"].startswith("#")}
+    assert links == {"../one/report.html", "../one/README.md", "../two/README.md"}
 
 
 def test_the_page_stays_under_its_budget(tmp_path):
-    example = {"caption": "seven", "truth": picture(1500), "before": [], "after": []}
-    write_run(tmp_path / "run", evaluation(), examples={"set": "val", "examples": [example] * 20})
+    page = write_run(tmp_path / "run", evaluation(), examples=looked_at(side=1500))
     assert (tmp_path / "run" / "report.html").stat().st_size <= MAX_BYTES
+    assert not page.all("img")
+    assert "312 won" in page.source  # what is told in words stays
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path):
