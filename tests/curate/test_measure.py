@@ -108,7 +108,9 @@ def test_a_clip_of_transformers_or_openai_scores_as_its_own_code_does(tmp_path: 
     rows = signals(tmp_path)
     np.testing.assert_allclose(rows["image_embedding"].to_pylist(), image_ND, atol=1e-3)
     np.testing.assert_allclose(rows["text_embedding"].to_pylist(), text_ND, atol=1e-3)
-    np.testing.assert_allclose(rows["clip_score"].to_numpy(), (image_ND * text_ND).sum(1), atol=2e-4)  # two ways to resize
+    np.testing.assert_allclose(
+        rows["clip_score"].to_numpy(), (image_ND * text_ND).sum(1), atol=2e-4
+    )  # two ways to resize
     assert measure.run(tmp_path, config).reused == 1
 
 

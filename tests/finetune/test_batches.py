@@ -175,3 +175,10 @@ def test_the_plan_tells_who_meets_a_twin_all_the_same(tmp_path, architectures):
     assert dict(rows(plan(small)))["batch"] == "8 pairs, without_twins"
     large = replace(config, data=replace(config.data, batches="without_twins", batch_size=20))
     assert dict(rows(plan(large)))["batch"].startswith("20 pairs, without_twins but for 8: their groups have more")
+
+
+def test_arranged_batches_go_on_in_their_own_size_alone():
+    plan = Schedule(20, 0, 4, 0.0, 7, arrangement=Arrangement("by_length", np.arange(20)))
+    assert plan.going_on(plan.since, plan.manner, 0, 2).batch(0, 2) == plan.batch(0, 2)
+    with pytest.raises(ConfigError, match="by_length: which samples come together hangs on the size of batches"):
+        replace(plan, batch_size=5).going_on(plan.since, plan.manner, 0, 2)

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from curate.errors import InputError
+from curate.shards import read_index
 from finetune import features
 from finetune.config import AdapterConfig, DataConfig, FitConfig, LossConfig, SourceConfig, TrainerConfig
 from finetune.data import EvaluationView
@@ -176,3 +178,22 @@ def test_processes_share_the_files_and_a_killed_run_computes_what_is_missing(tmp
     embeddings, ids = store.read([33, 0, 25, 9])
     assert embeddings.tolist() == [[33.0] * 3, [0.0] * 3, [25.0] * 3, [9.0] * 3]
     assert ids == [-33, 0, -25, -9]
+
+
+def test_of_an_image_that_cannot_be_read_another_sample_s_embedding_is_taken(architectures, tmp_path, caplog):
+    dataset = tiny.write_dataset(tmp_path / "dataset", train=24, val=0, retain=0)
+    index = read_index(dataset, "train")
+    tar, offset, size, key = (index.table[name][5].as_py() for name in ("tar", "image_offset", "image_size", "key"))
+    with index.tars[tar].open("r+b") as file:
+        file.seek(offset)
+        file.write(bytes(size))
+    for name in ("first", "second"):  # the second takes what the first has kept
+        config = config_of(tmp_path / name, dataset, architectures["tiny-vit"], max_broken=0.1)
+        caplog.clear()
+        assert np.isfinite(losses(config)).all()
+        assert facts(config)["computed"] == (24 if name == "first" else 0)
+        told = [record.getMessage() for record in caplog.records if "stands in" in record.getMessage()]
+        assert told
+        assert all(f"{index.tars[tar]}: sample {key}" in line for line in told)
+    with pytest.raises(InputError, match="data.max_broken allows"):
+        fit(config_of(tmp_path / "third", dataset, architectures["tiny-vit"], max_broken=0.01))
