@@ -195,5 +195,5 @@ def test_of_an_image_that_cannot_be_read_another_sample_s_embedding_is_taken(arc
         told = [record.getMessage() for record in caplog.records if "stands in" in record.getMessage()]
         assert told
         assert all(f"{index.tars[tar]}: sample {key}" in line for line in told)
-    with pytest.raises(InputError, match="data.max_broken allows"):
+    with pytest.raises(InputError, match=r"data\.max_broken allows"):
         fit(config_of(tmp_path / "third", dataset, architectures["tiny-vit"], max_broken=0.01))
