@@ -88,13 +88,13 @@ class ContentCoding:
             self._inflate = zlib.decompressobj(wbits=-15)  # without zlib's frame, as some servers understand it
 
     def _inflated(self, inflate: zlib._Decompress, packed: bytes) -> Iterator[bytes]:
-        piece = b"\0" * PIECE_BYTES
-        while packed or len(piece) == PIECE_BYTES:  # a full piece may have left something behind
+        is_full = False
+        while packed or is_full:  # a full piece may have left something behind
             try:
                 piece = inflate.decompress(packed, PIECE_BYTES)
             except zlib.error as error:
                 raise self._error(f"content-encoding {self.name}: {error}") from error
-            packed = inflate.unconsumed_tail
+            packed, is_full = inflate.unconsumed_tail, len(piece) == PIECE_BYTES
             yield piece
 
     def _unpacked(self, codec: str) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ import resource
 import socket
 import ssl
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
@@ -233,7 +233,7 @@ class Transfer:
 
 async def _pieces(
     response: aiohttp.ClientResponse, coding: ContentCoding, hold: Callable[[int], Awaitable[None]]
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The body as it comes, decoded, in pieces that need no budget; `hold` waits for what it takes to unpack them."""
     async for chunk in response.content.iter_any():
         for piece in coding.pieces(chunk):
