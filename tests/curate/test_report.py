@@ -20,7 +20,7 @@ from curate.config import ReportConfig
 from curate.errors import InputError
 from curate.html import MAX_BYTES
 from curate.ledger import Reason
-from curate.report import thumbnails
+from curate.report import tables, thumbnails
 from curate.report.definitions import DEFINITIONS, limits
 from curate.report.distributions import BINS, bin_edges
 from curate.report.figures import describe
@@ -155,6 +155,21 @@ def test_a_histogram_counts_like_numpy(folder, figures):
     scores = [score for (score,) in ask(f"SELECT clip_score FROM {both} WHERE kept")]
     edges = np.array([*drawn["edges"][:-1], np.inf])
     assert np.histogram(scores, edges)[0].tolist() == drawn["kept"]
+
+
+def test_of_many_rows_a_sample_says_where_a_histogram_ends_and_all_are_counted(folder, figures, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "MEASURED_ON", figures["rows"] // 4)
+    shutil.copytree(folder, tmp_path / "copy")
+    report.run(tmp_path / "copy", ReportConfig(), CONFIG, seed=3)
+    sampled = json.loads((tmp_path / "copy" / "report.json").read_text())
+    assert "dice % 4 = 0" in sampled["sql"]["figures"]["distributions.short_side.range"]
+    assert sampled["distributions"].keys() == figures["distributions"].keys()
+    for name, drawn in sampled["distributions"].items():
+        whole = figures["distributions"][name]
+        assert [sum(drawn["kept"]), sum(drawn["dropped"])] == [sum(whole["kept"]), sum(whole["dropped"])]
+        assert (drawn["min"], drawn["max"]) == (whole["min"], whole["max"])
+        for cut, other in zip(drawn["what_if"], whole["what_if"], strict=True):
+            assert sum(cut["kept"][: cut["at"] + 1]) == sum(other["kept"][: other["at"] + 1])
 
 
 def test_one_giant_outlier_does_not_flatten_a_histogram(tmp_path):
