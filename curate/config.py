@@ -147,10 +147,10 @@ class ClipConfig:
     """Which CLIP scores the images and captions."""
 
     name: str
-    """An open_clip architecture (ViT-B-32), OpenAI's name for one (ViT-B/32), or local-dir:FOLDER of an exported
-    model."""
+    """An open_clip architecture (ViT-B-32), OpenAI's name for one (ViT-B/32), a folder of open_clip's or transformers',
+    or an id of the hub (ORG/NAME)."""
     pretrained: str | None = None
-    """An open_clip tag (openai, laion2b_s34b_b79k, …) or the path of a weights file; not needed with local-dir:."""
+    """An open_clip tag (openai, laion2b_s34b_b79k, …) or the path of a weights file; a folder or an id needs none."""
     batch_size: int = 64
     """Images and captions encoded at once."""
     device: str = "auto"

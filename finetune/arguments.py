@@ -68,7 +68,7 @@ class PredictOptions:
 
     model: str
     """OpenAI's name (ViT-B/32), ARCHITECTURE/TAG of open_clip, a file of OpenAI's, a folder of open_clip or
-    transformers, hf-hub:ID, a run, or one of its checkpoints."""
+    transformers, an id of the hub (ORG/NAME), a run, or one of its checkpoints."""
     dataset: Path | None = None
     """Search in this dataset, or folder of images, by --text or by --images."""
     out: Path | None = None

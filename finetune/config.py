@@ -156,7 +156,7 @@ class AdapterConfig:
     """Dropout on the LoRA path's input."""
     targets: list[str] = field(default_factory=lambda: ["q", "k", "v", "out", "fc", "proj"])
     """Which projections get LoRA: q, k, v, out of the attention, fc and proj of the MLP; projection: the linear maps
-    into the common space; conv (and the downsampling) and pool (attention pool) of a ResNet."""
+    into the common space; conv (and the downsampling) of a ResNet; pool: the attention pool of a ResNet or SigLIP."""
     last_blocks: int = 1
     """Of kind last: how many blocks of each tower."""
     lock: list[Literal["image", "text"]] = field(default_factory=list)

@@ -108,7 +108,7 @@ def load_named(name: str, device: str = "auto") -> Clip:
     Args:
         name: the folder of a run (its best checkpoint) or a checkpoint; OpenAI's name (`ViT-B/32`); an architecture and
             a tag of open_clip (`ViT-B-32/laion2b_s34b_b79k`); a file of OpenAI's; a folder of open_clip or transformers
-            (`local-dir:` before it or not); `hf-hub:ID`.
+            (`local-dir:` before it or not); an id of the hub (`ORG/NAME`, `hf-hub:ORG/NAME`).
         device: `auto` is cuda, else mps, else cpu.
 
     Raises:

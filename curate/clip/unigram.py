@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import re
 import string
+import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +36,13 @@ def fast_tokenizer(path: Path, context_length: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     spec = _parsed(path)
-    end, unknown = (spec.pieces[number].piece for number in (spec.trainer_spec.eos_id, spec.trainer_spec.unk_id))
-    tokenizer = Tokenizer(
-        models.Unigram([(piece.piece, piece.score) for piece in spec.pieces], unk_id=spec.trainer_spec.unk_id)
-    )
+    end, unknown = (spec.pieces[number][0] for number in (spec.end, spec.unknown))
+    tokenizer = Tokenizer(models.Unigram(spec.pieces, unk_id=spec.unknown))
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (end, unknown)])
-    charsmap = spec.normalizer_spec.precompiled_charsmap
     tokenizer.normalizer = normalizers.Sequence(
         [
             *cleaning(),
-            *([normalizers.Precompiled(charsmap)] if charsmap else []),
+            *([normalizers.Precompiled(spec.charsmap)] if spec.charsmap else []),
             normalizers.Replace(Regex(r"\s+"), " "),
             normalizers.Strip(),
         ]
@@ -51,9 +50,7 @@ def fast_tokenizer(path: Path, context_length: int) -> Any:
     space: dict[str, Any] = {"replacement": "▁", "prepend_scheme": "always"}
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(**space)
     tokenizer.decoder = decoders.Metaspace(**space)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=["$A", end], special_tokens=[(end, spec.trainer_spec.eos_id)]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single=["$A", end], special_tokens=[(end, spec.end)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=end,
@@ -77,15 +74,60 @@ def cleaning() -> list[Any]:
     ]
 
 
-def _parsed(path: Path) -> Any:
-    """The file as the ModelProto of sentencepiece_model.proto."""
-    from google.protobuf.message import DecodeError
-    from transformers.utils.sentencepiece_model_pb2_new import ModelProto
+@dataclass(frozen=True)
+class _Spec:
+    """What is needed of sentencepiece_model.proto's ModelProto."""
 
+    pieces: list[tuple[str, float]]
+    end: int
+    unknown: int
+    charsmap: bytes
+
+
+def _parsed(path: Path) -> _Spec:
+    """Read the file: protocol buffers, of which two modules for one schema cannot live in one process."""
     try:
-        spec = ModelProto.FromString(path.read_bytes())
-    except DecodeError as error:
+        model = _fields(path.read_bytes())
+        pieces = [_fields(piece) for piece in model[1]]
+        trainer, normalizer = (_fields(model[number][0]) for number in (2, 3))
+        spec = _Spec(
+            pieces=[(piece[1][0].decode("utf-8"), *struct.unpack("<f", piece[2][0])) for piece in pieces],
+            end=trainer.get(42, [2])[0],
+            unknown=trainer.get(40, [0])[0],
+            charsmap=normalizer.get(2, [b""])[0],
+        )
+    except (KeyError, IndexError, ValueError, TypeError, struct.error) as error:
         raise ModelError(f"{path}: no model of SentencePiece") from error
-    if not spec.pieces or spec.trainer_spec.model_type != _UNIGRAM:
+    if trainer.get(3, [_UNIGRAM])[0] != _UNIGRAM or max(spec.end, spec.unknown) >= len(pieces):
         raise ModelError(f"{path}: expected SentencePiece's unigram model, as SigLIP has it")
     return spec
+
+
+def _fields(message: bytes) -> dict[int, list[Any]]:
+    """The values of a protocol buffer by field number: whole numbers as int, all else as bytes."""
+    found: dict[int, list[Any]] = {}
+    place = 0
+    while place < len(message):
+        tag, place = _varint(message, place)
+        number, kind = tag >> 3, tag & 7
+        if kind == 0:
+            value, place = _varint(message, place)
+        elif kind in (1, 2, 5):
+            size, place = _varint(message, place) if kind == 2 else ({1: 8, 5: 4}[kind], place)
+            value, place = message[place : place + size], place + size
+        else:
+            raise ValueError(f"wire type {kind}")
+        if place > len(message):
+            raise ValueError("cut off")
+        found.setdefault(number, []).append(value)
+    return found
+
+
+def _varint(message: bytes, place: int) -> tuple[int, int]:
+    """A number of seven bits a byte, and the place behind it."""
+    value = shift = 0
+    while True:
+        byte = message[place]
+        value, shift, place = value | (byte & 127) << shift, shift + 7, place + 1
+        if byte < 128:
+            return value, place

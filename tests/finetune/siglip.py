@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections import Counter
 from pathlib import Path
 
 import torch
 from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
-from transformers.utils.sentencepiece_model_pb2_new import ModelProto
 
 WORDS = "a photo of red green blue yellow white purple orange cyan circle square cat dog größe σοφος tree"
 LENGTH = 16
@@ -22,15 +22,23 @@ def write_spiece(path: Path) -> int:
     pieces += [(f"▁{word}", -3.0 - number / 10, 1) for number, word in enumerate(WORDS.split())]
     pieces += [("at", -5.5, 1), ("sq", -5.6, 1), ("▁c", -5.7, 1)]
     pieces += [(letter, -8.0 - number / 100, 1) for number, letter in enumerate(letters)]
-    model = ModelProto()
-    for piece, score, kind in pieces:
-        model.pieces.add(piece=piece, score=score, type=kind)
-    model.trainer_spec.model_type = 1
-    model.trainer_spec.unk_id, model.trainer_spec.eos_id = 2, 1
-    model.trainer_spec.bos_id, model.trainer_spec.pad_id = -1, 0
-    model.normalizer_spec.name = "identity"
-    path.write_bytes(model.SerializeToString())
+    given = [field(1, field(1, piece.encode()) + field(2, score) + field(3, kind)) for piece, score, kind in pieces]
+    trainer = field(3, 1) + field(40, 2) + field(42, 1)  # unigram; ids of unknown and end
+    path.write_bytes(b"".join(given) + field(2, trainer) + field(3, field(1, b"identity")))
     return len(pieces)
+
+
+def field(number: int, value: float | bytes) -> bytes:
+    """A field of a protocol buffer: a small whole number, a float32, or bytes."""
+    if isinstance(value, bytes):
+        return varint(number << 3 | 2) + varint(len(value)) + value
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
+    return varint(number << 3) + varint(value)
+
+
+def varint(value: int) -> bytes:
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
 
 
 def write_siglip(folder: Path, activation: str = "gelu_pytorch_tanh", **vision: int) -> SiglipModel:

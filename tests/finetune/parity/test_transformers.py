@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipConfig
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from curate.clip import Clip, load_clip
 from curate.errors import ModelError
@@ -164,6 +164,6 @@ def test_another_vocabulary_is_refused(tmp_path):
 
 
 def test_another_kind_of_model_is_named(tmp_path):
-    SiglipConfig().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="model_type is 'siglip'"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "blip"}))
+    with pytest.raises(ModelError, match="model_type is 'blip'; of transformers' models only CLIP"):
         load_clip(str(tmp_path))
