@@ -24,7 +24,7 @@ from finetune.export.formats import (
     write_open_clip,
     write_transformers,
 )
-from finetune.runs import checkpoint_of, load_trained_clip
+from finetune.runs import checkpoint_of, load_trained_clip, model_fingerprint
 
 __all__ = ["Format", "check_export", "export", "write_onnx", "write_open_clip", "write_transformers"]
 WRITE = {"open_clip": write_open_clip, "transformers": write_transformers, "onnx": write_onnx}
@@ -58,16 +58,17 @@ def export(
     assert format in get_args(Format)
     path = checkpoint_of(run, checkpoint)
     with _new_folder(to, overwrite=overwrite) as folder:
-        samples = samples_of(path)
+        samples, weights = samples_of(path), None
         if format == "adapter":
             module = adapted(path)
             write_adapter(module.model, folder)
             check_adapter(module, folder, samples)
         else:
             clip = load_trained_clip(path, "cpu")
+            weights = model_fingerprint(clip.model)
             WRITE[format](clip, folder)
             check_export(clip, folder, format, samples)
-        write_card(folder, path, format, license)
+        write_card(folder, path, format, license, weights)
     return path
 
 

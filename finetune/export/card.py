@@ -53,15 +53,20 @@ set_peft_model_state_dict(model, load_file("FOLDER/adapter_model.safetensors"))
 }
 
 
-def write_card(folder: Path, checkpoint: Path, form: Format, licence: str | None) -> None:
-    """Write README.md. Of a checkpoint that lies in no run only the use is told."""
+def write_card(
+    folder: Path, checkpoint: Path, form: Format, licence: str | None, fingerprint: str | None = None
+) -> None:
+    """Write README.md. Of a checkpoint that lies in no run only the use, and the weights' fingerprint, are told."""
     try:
         config: FitConfig | None = run_config(checkpoint)
     except InputError:
         config = None
     path = checkpoint.parent.parent / "evaluation.json"
     evaluation = json.loads(path.read_text("utf-8")) if config and path.is_file() else {}
-    write_text(folder / "README.md", card(config, evaluation, checkpoint.name, form, licence))
+    text = card(config, evaluation, checkpoint.name, form, licence)
+    if fingerprint:
+        text += f"\n## Fingerprint\n\nSHA-256 of the weights (`finetune.runs.model_fingerprint`): `{fingerprint}`\n"
+    write_text(folder / "README.md", text)
 
 
 def card(

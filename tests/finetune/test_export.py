@@ -277,6 +277,7 @@ def test_the_card_tells_the_figures_and_is_read_by_the_hub(adapted, tmp_path):
         (row,) = [line for line in card.text.splitlines() if line.startswith(f"| {metric} |")]
         assert f"| {cell['n']} |" in row
     assert "40 pairs" in card.text
+    assert f"`{evaluation['facts']['fingerprint']}`" in card.text  # as the report tells it
     assert "Intended use" in card.text
 
 

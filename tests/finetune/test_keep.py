@@ -198,6 +198,10 @@ def test_a_run_that_ruins_the_clip_exports_what_lies_before_the_ruin(ruined, sta
     first, last = found["points"][0], found["points"][-1]
     assert len(found["points"]) == 11
     assert first["within"]
+    for point in found["points"]:
+        for name in ("gain", "keep"):
+            low, high = point[f"{name}_interval"]
+            assert low <= point[name] <= high
     assert not last["within"]
     assert first["keep"] == written["before"][KEEP]["value"] > last["keep"] + 0.1
     chosen = next(p for p in found["points"] if {t: p[t] for t in TOWERS} == found["chosen"])
