@@ -9,7 +9,7 @@ eighth, a quarter, half, three quarters and all are taken, each a part of the ne
 `uncurated` trains on all that arrived of it, `curated` on what `curate build` keeps of that. Every training sees the
 same number of samples: with fewer pairs, each more often. `worth`: as many uncurated pairs reach what the curated ones
 of a size do, by a line between the sizes; null where no number of them does. The last line is one JSON object, with the
-two curves: [pairs, recall@1, standard deviation over the seeds].
+two curves: [pairs, recall@1, standard deviation over the seeds or null].
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.curation_gain import TYPICAL, Crawl, Setting, benchmark, crawl, 
 FRACTIONS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # the least is still a batch of curated pairs
 ARMS = ("curated", "uncurated")
 WIDTH = 50  # characters of the chart
-Curve = list[tuple[float, float, float]]  # pairs, recall@1, its standard deviation over the seeds
+Curve = list[tuple[float, float, float | None]]  # pairs, recall@1, its standard deviation where there are several seeds
 
 
 def main() -> None:
@@ -37,14 +37,14 @@ def main() -> None:
         crawled = crawl(setting, TYPICAL)
         curves = {arm: curve(setting, crawled, arm) for arm in ARMS}
         before = score(setting, crawled, "curated", [], 0, "before")
-    print(f"{setting.samples:,} samples seen, {setting.seeds} seeds; the start: {before:.1%}\n")
+    print(f"{setting.samples:,} samples seen, seeds: {setting.seeds}; the start: {before:.1%}\n")
     print("| part of the crawl | curated pairs | recall@1 | uncurated pairs | recall@1 |\n|---|---|---|---|---|")
     for fraction, *points in zip(FRACTIONS, *curves.values(), strict=True):
-        cells = [f"{pairs:,.0f} | {value:.1%} ± {spread:.1%}" for pairs, value, spread in points]
+        cells = [f"{pairs:,.0f} | {value:.1%}{'' if off is None else f' ± {off:.1%}'}" for pairs, value, off in points]
         print(f"| {fraction} | {' | '.join(cells)} |")
     print(f"\n{chart(curves)}\n")
     worth = {f"{pairs:.0f}": equal(value, curves["uncurated"]) for pairs, value, _ in curves["curated"]}
-    print(json.dumps({"seeds": setting.seeds, "start": before, **curves, "worth": worth}))
+    print(json.dumps({"seeds": setting.seeds, "start": round(before, 4), **curves, "worth": worth}))
 
 
 def curve(setting: Setting, crawled: Crawl, arm: str) -> Curve:
@@ -57,7 +57,7 @@ def curve(setting: Setting, crawled: Crawl, arm: str) -> Curve:
             name = arm if fraction == 1 else f"{arm}, {fraction}"
             sizes.append(len(chosen))
             scores.append(score(setting, crawled, name, chosen, seed))
-        points.append((mean(sizes), round(mean(scores), 4), round(stdev(scores), 4) if len(scores) > 1 else 0.0))
+        points.append((mean(sizes), round(mean(scores), 4), round(stdev(scores), 4) if len(scores) > 1 else None))
         print(f"{arm}, {points[-1][0]:,.0f} pairs: {points[-1][1]:.1%}", file=sys.stderr, flush=True)
     return points
 
