@@ -1,4 +1,4 @@
-"""Image–caption pairs of any form, read where they lie: for training, nothing is downloaded, copied or written.
+"""Image–caption pairs of any form, read where they lie: for training, no image is downloaded or copied.
 
     a dataset of `curate build`, a folder of img2dataset shards      one split; captions from the shards' Parquet
     every other form of `curate.sources`                             tars without Parquet, folders of images

@@ -20,9 +20,9 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -49,6 +49,7 @@ PLACES = ("image_offset", "caption_offset", "json_offset")
 FINGERPRINT = b"cliptailor.fingerprint"
 DIGEST = b"cliptailor.digest"
 NOTE = b"cliptailor.note."
+INDEX_FORMAT = 1
 ROW_GROUP = 65_536
 # From so many samples on, what an index for training says of each is where it lies; the rest is read from its tar.
 MANY_SAMPLES = 4_000_000
@@ -363,7 +364,8 @@ class SampleIndex:
 def read_index(dataset: Path, split: str | None = None, columns: Sequence[str] = ()) -> SampleIndex:
     """Index the samples of one split of our dataset, or of any folder of img2dataset/webdataset shards.
 
-    A shard whose Parquet lacks our offset columns (img2dataset's) gets them from one pass over the tar's headers.
+    A shard whose Parquet lacks our offset columns (img2dataset's) gets them from one pass over the tar's headers, made
+    once.
 
     Args:
         dataset: the folder; `dataset/shards` is taken where it is there.
@@ -480,7 +482,7 @@ def _index_foreign_tar(stem: Path, wanted: Sequence[str]) -> pa.Table:
     there = pq.read_schema(parquet).names
     if absent := [name for name in wanted if name not in there]:
         raise InputError(f"{parquet}: no column '{absent[0]}'.{did_you_mean(absent[0], there)}")
-    places = dict(tar_images(stem.with_suffix(".tar")))
+    places = image_places(stem.with_suffix(".tar"))
     table = pq.read_table(parquet, columns=list(dict.fromkeys(wanted)))
     keys = table["key"].cast(pa.string()).to_pylist()
     table = table.set_column(table.schema.get_field_index("key"), "key", pa.array(keys, pa.string()))
@@ -504,6 +506,51 @@ def tar_images(tar: Path) -> Iterator[tuple[str, tuple[int, int]]]:
                     yield key, (member.offset_data, member.size)
     except tarfile.ReadError as error:
         raise InputError(f"{tar}: not an uncompressed tar ({error}); gunzip it first if it is compressed") from error
+
+
+def image_places(tar: Path) -> dict[str, tuple[int, int]]:
+    """`tar_images` as a dict, read from the tar once (see `kept_index`).
+
+    Raises:
+        InputError: not an uncompressed tar.
+    """
+    import pyarrow as pa
+
+    def read() -> pa.Table:
+        found = list(tar_images(tar))
+        columns = {
+            "key": pa.array([key for key, _ in found], pa.string()),
+            "offset": pa.array([offset for _, (offset, _) in found], pa.int64()),
+            "size": pa.array([size for _, (_, size) in found], pa.int64()),
+        }
+        return pa.table(columns)
+
+    table = kept_index(tar, "images", read)
+    keys, offsets, sizes = (table[name].to_pylist() for name in ("key", "offset", "size"))
+    return dict(zip(keys, zip(offsets, sizes, strict=True), strict=True))
+
+
+def kept_index(tar: Path, what: str, read: Callable[[], pa.Table]) -> pa.Table:
+    """What `read` finds in a tar, kept as NAME.tar.index beside it for as long as the tar's size and time are the same.
+
+    Where that folder cannot be written to, it is kept in the user's cache; where neither can, not at all.
+    """
+    import pyarrow as pa
+
+    seen = tar.stat()
+    stamp = fingerprint(INDEX_FORMAT, what, seen.st_size, seen.st_mtime_ns)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cliptailor"
+    paths = (tar.with_name(f"{tar.name}.index"), cache / f"{fingerprint(str(tar.resolve()))}.index")
+    for path in paths:
+        if made_from(path) == stamp:
+            with suppress(OSError, pa.ArrowInvalid):
+                return read_rows(path)
+    table = read()
+    for path in paths:
+        with suppress(OSError):
+            write_parquet(table, path, made_from=stamp)
+            break
+    return table
 
 
 @dataclass(slots=True)

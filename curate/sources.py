@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from curate.errors import ConfigError, InputError
 from curate.lists import CAPTION_NAMES, ListFiles, find_list, list_of
 from curate.progress import progress
-from curate.shards import atomic, fingerprint, tar_images
+from curate.shards import atomic, fingerprint, image_places, kept_index
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -161,7 +161,8 @@ def _rows(rows: Iterator[Mapping[str, Any]]) -> Iterator[pa.Table]:
 def _tar_tables(folder: Path, tars: list[Path]) -> Iterator[pa.Table]:
     if all(tar.with_suffix(".parquet").exists() for tar in tars):
         return _img2dataset_tables(folder, tars)
-    return _rows(row for tar in tars for row in _tar_rows(folder, tar))
+    tables = (_tar_table(folder, tar) for tar in tars)
+    return (table for table in tables if table.num_rows)
 
 
 def _img2dataset_tables(folder: Path, tars: list[Path]) -> Iterator[pa.Table]:
@@ -179,7 +180,7 @@ def _img2dataset_tables(folder: Path, tars: list[Path]) -> Iterator[pa.Table]:
     for tar in tars:
         table = pq.read_table(tar.with_suffix(".parquet"))
         table = pa.concat_tables([table, schema.empty_table()], promote_options="permissive").select(schema.names)
-        places = dict(tar_images(tar))
+        places = image_places(tar)
         found = [places.get(str(key), (None, None)) for key in table["key"].to_pylist()]
         name = tar.relative_to(folder).as_posix()
         yield (
@@ -190,7 +191,27 @@ def _img2dataset_tables(folder: Path, tars: list[Path]) -> Iterator[pa.Table]:
         )
 
 
-def _tar_rows(folder: Path, tar: Path) -> Iterator[dict[str, Any]]:
+def _tar_table(folder: Path, tar: Path) -> pa.Table:
+    """The samples of a webdataset tar, and where in the folder they lie."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    texts = dict.fromkeys(("name", "url", "caption"), pa.string())
+    schema = pa.schema({**texts, "offset": pa.int64(), "size": pa.int64()})
+    table = kept_index(tar, "samples", lambda: pa.Table.from_pylist(list(_tar_samples(tar)), schema))
+    place = pa.scalar(tar.relative_to(folder).as_posix())
+    return pa.table(
+        {
+            "url": pc.coalesce(table["url"], pc.binary_join_element_wise(place, table["name"], "/")),
+            "caption": table["caption"],
+            "source_file": pa.array([place.as_py()] * table.num_rows, pa.string()),
+            "source_offset": table["offset"],
+            "source_size": table["size"],
+        }
+    )
+
+
+def _tar_samples(tar: Path) -> Iterator[dict[str, Any]]:
     """The samples of a webdataset tar: members with one name up to the first dot, adjacent."""
     sample: dict[str, Any] = {}
     try:
@@ -199,7 +220,7 @@ def _tar_rows(folder: Path, tar: Path) -> Iterator[dict[str, Any]]:
                 key, _, extension = member.name.rpartition("/")[2].partition(".")
                 key = member.name.rpartition("/")[0] + "/" + key
                 if sample.get("key") not in (None, key):
-                    yield from _tar_sample(folder, tar, sample)
+                    yield from _tar_sample(sample)
                     sample = {}
                 sample["key"] = key
                 if not member.isreg():
@@ -210,19 +231,18 @@ def _tar_rows(folder: Path, tar: Path) -> Iterator[dict[str, Any]]:
                     content = members.extractfile(member)
                     sample[extension] = content.read().decode("utf-8", "replace") if content else ""
     except tarfile.ReadError as error:
-        raise InputError(f"{tar}: not an uncompressed tar ({error})") from error
-    yield from _tar_sample(folder, tar, sample)
+        raise InputError(f"{tar}: not an uncompressed tar ({error}); gunzip it first if it is compressed") from error
+    yield from _tar_sample(sample)
 
 
-def _tar_sample(folder: Path, tar: Path, sample: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _tar_sample(sample: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if "image" not in sample:
         return
     name, offset, size = sample["image"]
     facts = _json_object(sample.get("json", ""))
     caption = sample.get("txt") or next((facts[key] for key in CAPTION_NAMES if isinstance(facts.get(key), str)), "")
     url = facts.get("url") if isinstance(facts.get("url"), str) else None
-    fallback = f"{tar.relative_to(folder).as_posix()}/{name}"
-    yield {"url": url or fallback, "caption": caption, **_place(folder, tar, offset, size)}
+    yield {"name": name, "url": url or None, "caption": caption, "offset": offset, "size": size}
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -181,6 +181,60 @@ def test_members_that_are_no_images_or_no_files_are_passed_over(tmp_path):
     assert [key for key, _ in tar_images(tmp_path / "a.tar")] == ["a"]
 
 
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    """A tar with two images, and an img2dataset Parquet that does not say where they lie; the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    stem = write(tmp_path / "shards", [("a", b"1" * 3000), ("b", b"2" * 500)])
+    pq.write_table(
+        pq.read_table(stem.with_suffix(".parquet"), columns=["key", "caption"]), stem.with_suffix(".parquet")
+    )
+    return stem.with_suffix(".tar")
+
+
+def read_tars(monkeypatch) -> list[str]:
+    """Names of the tars whose headers are read from now on."""
+    opened, whole = [], tarfile.open
+    monkeypatch.setattr(tarfile, "open", lambda path, *mode: opened.append(path.name) or whole(path, *mode))
+    return opened
+
+
+def test_a_foreign_tars_headers_are_read_once(foreign, monkeypatch):
+    opened = read_tars(monkeypatch)
+    first, second = (list(iter_images(read_index(foreign.parent))) for _ in range(2))
+    assert first == second
+    assert [content for _, _, content in first] == [b"1" * 3000, b"2" * 500]
+    assert opened == ["00000.tar"]
+    assert {path.name for path in foreign.parent.iterdir()} == {"00000.tar", "00000.parquet", "00000.tar.index"}
+
+
+@pytest.mark.parametrize("change", ["another time", "another size", "a broken index"])
+def test_a_tar_that_changed_is_read_again(foreign, monkeypatch, change):
+    expected = list(iter_images(read_index(foreign.parent)))
+    opened = read_tars(monkeypatch)
+    if change == "another time":
+        os.utime(foreign, ns=(0, 0))
+    elif change == "another size":
+        with foreign.open("ab") as tar:
+            tar.write(bytes(10_240))
+    else:
+        index = foreign.with_name("00000.tar.index")
+        index.write_bytes(index.read_bytes()[:-300])
+    assert list(iter_images(read_index(foreign.parent))) == expected
+    assert opened == ["00000.tar"]
+
+
+def test_where_nothing_can_be_written_beside_a_tar_the_index_is_in_the_cache(foreign, monkeypatch, tmp_path):
+    foreign.with_name("00000.tar.index").mkdir()  # no file can take this name; for root no folder is read-only
+    opened = read_tars(monkeypatch)
+    assert list(iter_images(read_index(foreign.parent))) == list(iter_images(read_index(foreign.parent)))
+    assert opened == ["00000.tar"]
+    assert len(list((tmp_path / "cache" / "cliptailor").glob("*.index"))) == 1
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(read_index(foreign.parent)) == 2
+
+
 # --- what is broken is told ------------------------------------------------------------------------------------------
 
 

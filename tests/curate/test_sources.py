@@ -312,6 +312,24 @@ def test_webdataset_tars_are_read_in_place(tmp_path):
     )
 
 
+def test_webdataset_tars_are_read_once_also_by_a_run_that_keeps_no_list(tmp_path, monkeypatch):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            add(tar, "a.jpg", jpeg(shard))
+            add(tar, "a.txt", f"text {shard}".encode())
+    opened, whole = [], tarfile.open
+    monkeypatch.setattr(tarfile, "open", lambda path, *mode: opened.append(path.name) or whole(path, *mode))
+    lists = [pq.read_table(find(str(folder), tmp_path / name).paths[0]).to_pylist() for name in ("one", "two")]
+    assert opened == ["0.tar", "1.tar"]
+    assert lists[0] == lists[1]
+    assert [(row["caption"], row["url"], row["source_file"]) for row in lists[0]] == [
+        ("text 0", "0.tar/a.jpg", "0.tar"),
+        ("text 1", "1.tar/a.jpg", "1.tar"),
+    ]
+
+
 def test_a_compressed_tar_is_refused_with_the_way_out(tmp_path):
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "0.tar.gz").write_bytes(b"x")

@@ -116,14 +116,15 @@ def test_fast_pixels_are_the_exact_ones_but_for_rounding_where_nothing_is_scaled
 def test_large_photographs_are_decoded_in_part_and_look_the_same(photos, times, step, monkeypatch):
     asked = []
     whole = simplejpeg.decode_jpeg
-    monkeypatch.setattr(
-        pixels.simplejpeg,
-        "decode_jpeg",
-        lambda content, *args, **how: asked.append(how) or whole(content, *args, **how),
-    )
+
+    def decode(content, *args, **how):
+        asked.append((how["min_width"], how["min_height"]))
+        return whole(content, *args, **how)
+
+    monkeypatch.setattr(pixels.simplejpeg, "decode_jpeg", decode)
     large = cv2.resize(photos[1], None, fx=times / 2, fy=times / 2, interpolation=cv2.INTER_AREA)
     fast, exact = both(encoded(large))
-    assert asked == [{"min_width": -(-large.shape[1] // step), "min_height": -(-large.shape[0] // step)}]
+    assert asked == [(-(-large.shape[1] // step), -(-large.shape[0] // step))]
     assert psnr(fast, exact) > 26  # the box is rounded to pixels that are as large as one of those that are wanted
 
 
@@ -147,6 +148,15 @@ def test_the_scale_is_the_smallest_that_has_all_the_pixels(size, box, step):
 def test_small_images_are_enlarged_and_sizes_may_be_oblong(photos, size):
     fast, exact = both(encoded(cv2.resize(photos[0], (120, 90), interpolation=cv2.INTER_AREA)), size=size)
     assert psnr(fast, exact) > 50
+
+
+def test_the_next_image_leaves_the_one_before_as_it_was(photos):
+    one, other = (encoded(photo[:96, :96]) for photo in photos)
+    view = TrainingView(CFG, (1.0, 1.0))  # the whole image, in its own size: nothing is resampled
+    first = view(one, SEED)
+    kept = first.clone()
+    assert not torch.equal(view(other, SEED), kept)
+    assert torch.equal(first, kept)
 
 
 @pytest.mark.parametrize(
