@@ -449,7 +449,7 @@ def _read_shard_index(stem: Path, columns: Sequence[str]) -> pa.Table:
         return _index_foreign_tar(stem, [name for name in wanted if name not in ("image_offset", "image_size")])
     if missing:
         raise InputError(f"{parquet}: no column '{missing[0]}'.{did_you_mean(missing[0], there)}")
-    table = pq.read_table(parquet, columns=list(dict.fromkeys(wanted)), page_checksum_verification=True)
+    table = read_rows(parquet, list(dict.fromkeys(wanted)))
     table = table.filter(pc.is_valid(table["image_offset"]))
     _check_tar_is_whole(stem.with_suffix(".tar"), table)
     return table

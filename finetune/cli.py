@@ -121,8 +121,8 @@ SWITCHES = {
 USAGE = {"fit": "finetune fit --config FILE [--KEY VALUE …]"}
 
 
-def build_parser() -> ArgumentParser:
-    """The parser of the whole command."""
+def build_parser(only: str | None = None) -> ArgumentParser:
+    """The parser of the whole command, or with the options of one of its commands alone, which takes less time."""
     parser = new_parser(
         "Adapt a CLIP to a domain, measure what that changed, use and export it.",
         "finetune {" + ",".join(HELP) + "} …  (finetune COMMAND --help)",
@@ -130,7 +130,8 @@ def build_parser() -> ArgumentParser:
     commands = parser.add_subcommands(required=True, dest="command", title="commands", description=None)
     for name, text in HELP.items():
         command = new_parser(text, USAGE.get(name, f"finetune {name} [--KEY VALUE …]"))
-        add_config(command, OPTIONS[name])
+        if only in (None, name):
+            add_config(command, OPTIONS[name])
         for flag, help_text in SWITCHES.get(name, {}).items():
             command.add_argument(flag, action="store_true", default=SUPPRESS, help=help_text)
         if name == "fit":
@@ -431,7 +432,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _log_to_stderr()
     try:
         arguments = with_presets(arguments, "finetune")
-        options: Any = parse(build_parser(), arguments, OPTIONS)
+        only = arguments[0] if arguments and arguments[0] in HELP else None
+        options: Any = parse(build_parser(only), arguments, OPTIONS)
         COMMANDS[options.command](options[options.command])
     except CliptailorError as error:
         print(f"finetune: {located(str(error), arguments, OPTIONS)}", file=sys.stderr)
