@@ -6,8 +6,8 @@
     python benchmarks/growth.py --work DIR      where the dataset is put (and removed from)
 
 The dataset is synthetic, the code real: shards of 10,000 rows as `curate build` packs them, with their columns and
-captions of web length. Eight of them are different; the others are further names of these. Each row's image lies in a tar
-with its caption and facts behind it, as everywhere. A process of its own makes a CLIPDataModule of it (a ViT of 32
+captions of web length. Eight of them are different; the others are further names of these. Each row's image lies in a
+tar with its caption and facts behind it, as everywhere. A process of its own makes a CLIPDataModule of it (a ViT of 32
 pixels, batches of 256, two epochs' orders) and takes the first batch of both epochs; what is counted begins with
 `setup` and ends with the batch, and the peak is the process's high-water mark, torch and all.
 

@@ -5,8 +5,8 @@
 
 Both in processes of their own, one thread, in turn. *Import*: `import torch, lightning, open_clip`. *Start*: the
 command with a tiny ViT of random weights on 64 pairs, from the start of Python until the first batch is about to go
-through the towers: arguments, checks, the CLIP, the index, the plan, Lightning. The evaluation of the untouched CLIP, which is work
-and no start-up, is timed apart and taken out (`evaluation_s`).
+through the towers: arguments, checks, the CLIP, the index, the plan, Lightning. The evaluation of the untouched CLIP,
+which is work and no start-up, is timed apart and taken out (`evaluation_s`).
 
 `startup_ratio`: CPU seconds of start over those of import; `startup_ratio_wall`: of wall seconds, which say little on a
 machine that does something else too. The last line is one JSON object.

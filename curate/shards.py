@@ -477,7 +477,7 @@ def _index_foreign_tar(stem: Path, wanted: Sequence[str]) -> pa.Table:
     if absent := [name for name in wanted if name not in there]:
         raise InputError(f"{parquet}: no column '{absent[0]}'.{did_you_mean(absent[0], there)}")
     places = dict(tar_images(stem.with_suffix(".tar")))
-    table = pq.read_table(parquet, columns=list(dict.fromkeys(wanted)))
+    table = read_rows(parquet, list(dict.fromkeys(wanted)))
     keys = table["key"].cast(pa.string()).to_pylist()
     table = table.set_column(table.schema.get_field_index("key"), "key", pa.array(keys, pa.string()))
     found = [places.get(key) for key in keys]
