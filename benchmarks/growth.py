@@ -1,12 +1,13 @@
 """Index and shuffle of very large datasets: seconds and memory to the first batch, at 1, 10 and 100 million samples.
 
-    python benchmarks/growth.py                 1, 10 and 100 million; 7 GB on disk
+    python benchmarks/growth.py                 1, 10 and 100 million
     python benchmarks/growth.py --quick         1 and 10 million
+    python benchmarks/growth.py --millions 100  that size alone
     python benchmarks/growth.py --work DIR      where the dataset is put (and removed from)
 
 The dataset is synthetic, the code real: shards of 10,000 rows as `curate build` packs them, with their columns and
-captions of web length. 64 of them are different; the others are further names of these. Each row's image lies in a tar
-with its caption and facts behind it, as everywhere. A process of its own makes a CLIPDataModule of it (a ViT of 32
+captions of web length. Eight of them are different; the others are further names of these. Each row's image lies in a
+tar with its caption and facts behind it, as everywhere. A process of its own makes a CLIPDataModule of it (a ViT of 32
 pixels, batches of 256, two epochs' orders) and takes the first batch of both epochs; what is counted begins with
 `setup` and ends with the batch, and the peak is the process's high-water mark, torch and all.
 
@@ -32,7 +33,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
-SHARD, BODIES = 10_000, 64
+SHARD, BODIES = 10_000, 8
 TINY = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 32, "patch_size": 16},
@@ -43,6 +44,7 @@ TINY = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="1 and 10 million")
+    parser.add_argument("--millions", type=int, nargs="+", help="these sizes, from small to large")
     parser.add_argument("--work", type=Path, help="folder for the dataset")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -54,7 +56,7 @@ def main() -> None:
     print("|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory(dir=given.work) as folder:
         write_bodies(Path(folder))
-        for millions in (1, 10) if given.quick else (1, 10, 100):
+        for millions in given.millions or ((1, 10) if given.quick else (1, 10, 100)):
             dataset = name_shards(Path(folder), millions * 1_000_000)
             found = measured(dataset)
             figures |= {f"{name}_{millions}m": value for name, value in found.items()} | found

@@ -455,7 +455,7 @@ def _read_shard_index(stem: Path, columns: Sequence[str]) -> pa.Table:
         return _index_foreign_tar(stem, [name for name in wanted if name not in ("image_offset", "image_size")])
     if missing:
         raise InputError(f"{parquet}: no column '{missing[0]}'.{did_you_mean(missing[0], there)}")
-    table = pq.read_table(parquet, columns=list(dict.fromkeys(wanted)), page_checksum_verification=True)
+    table = read_rows(parquet, list(dict.fromkeys(wanted)))
     table = table.filter(pc.is_valid(table["image_offset"]))
     _check_tar_is_whole(stem.with_suffix(".tar"), table)
     return table
@@ -483,7 +483,7 @@ def _index_foreign_tar(stem: Path, wanted: Sequence[str]) -> pa.Table:
     if absent := [name for name in wanted if name not in there]:
         raise InputError(f"{parquet}: no column '{absent[0]}'.{did_you_mean(absent[0], there)}")
     places = image_places(stem.with_suffix(".tar"))
-    table = pq.read_table(parquet, columns=list(dict.fromkeys(wanted)))
+    table = read_rows(parquet, list(dict.fromkeys(wanted)))
     keys = table["key"].cast(pa.string()).to_pylist()
     table = table.set_column(table.schema.get_field_index("key"), "key", pa.array(keys, pa.string()))
     found = [places.get(key) for key in keys]

@@ -474,11 +474,12 @@ class FitConfig:
     """Everything `finetune fit` needs."""
 
     out: Path = Path("runs/domain")
-    """Folder of the run. The same command again continues it."""
+    """Folder of the run. The same command again continues it; a folder with other files of such names is refused."""
     seed_everything: int = 0
     """Seed of all randomness."""
     checkpoint_every_n_steps: int = 200
-    """Save checkpoints/last.ckpt every so many steps, and at the end of each epoch; a killed run goes on from there."""
+    """Save checkpoints/last.ckpt every so many steps, and at the end of each epoch; a killed run goes on from there. The
+    one before stays as previous.ckpt."""
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=10))
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
