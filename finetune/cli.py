@@ -109,6 +109,7 @@ SWITCHES = {
     "fit": {
         "--restart": "Forget what an earlier run left in `out`.",
         "--dry_run": "Print the plan (data, steps, what is trained, memory) and stop; nothing is written.",
+        "--profile": "Look at a few steps with torch's profiler, and write where their time went into `out`/profile.",
     },
     "summary": AS_JSON,
     "validate": AS_JSON,
@@ -167,7 +168,7 @@ def fit(options: Namespace) -> None:
     from finetune import report
     from finetune.fit import fit as run_fit
 
-    run_fit(config, restart=options.get("restart", False))
+    run_fit(config, restart=options.get("restart", False), profile=options.get("profile", False))
     if getattr(rank_zero_only, "rank", 0):  # another process of the same run prints
         return
     from finetune.tables import change_table, show

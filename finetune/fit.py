@@ -66,6 +66,7 @@ OURS = (
     "checkpoints",
     "metrics.csv",
     "tensorboard",
+    "profile",
     "before.json",
     "interpolation.json",
     "evaluation.json",
@@ -108,12 +109,13 @@ def plan(config: FitConfig) -> Plan:
         return _plan(config, *_prepare(config))
 
 
-def fit(config: FitConfig, *, restart: bool = False) -> FitResult:
+def fit(config: FitConfig, *, restart: bool = False, profile: bool = False) -> FitResult:
     """Train as configured, or go on where the same run was interrupted, or do nothing if it is finished.
 
     Args:
         config: everything.
         restart: forget what an earlier run left in `config.out`.
+        profile: look at a few steps, and write down where their time went (finetune/profiling.py).
 
     Raises:
         ConfigError: `config.out` holds a run of another configuration or other inputs; or a key does not fit the rest.
@@ -132,7 +134,7 @@ def fit(config: FitConfig, *, restart: bool = False) -> FitResult:
             logger.info("%s: finished already; nothing to do", config.out)
             return _result(config.out, finished_before=True)
         try:
-            return _run(config)
+            return _run(config, profile=profile)
         except Interrupted as stop:
             logger.warning("%s: interrupted; the same command continues it", config.out)
             if stop.code == 130:
@@ -242,7 +244,7 @@ def _result(out: Path, **how: bool) -> FitResult:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def _run(config: FitConfig) -> FitResult:
+def _run(config: FitConfig, *, profile: bool = False) -> FitResult:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from finetune.plan import tell
@@ -250,6 +252,10 @@ def _run(config: FitConfig) -> FitResult:
     last = config.out / "checkpoints" / "last.ckpt"
     resumed = last.is_file()
     module, data, trainer = _prepare(config)
+    if profile:
+        from finetune.profiling import Profile
+
+        trainer.callbacks.append(Profile(config.out / "profile"))  # type: ignore[attr-defined]
     if _is_first_process():
         tell(_plan(config, module, data, trainer))
     if resumed:
