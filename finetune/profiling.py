@@ -79,6 +79,8 @@ class Profile(lightning.Callback):
                 logger.warning("--profile: the run ended before step %d; nothing was profiled", SKIPPED + 1)
 
     def _write(self, found: Any) -> None:
+        if len(self.in_step) <= SKIPPED:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic(self.folder / "trace.json") as temporary:
             found.export_chrome_trace(str(temporary))
