@@ -153,6 +153,8 @@ def lora_target(name: str, module: nn.Module) -> str | None:
 def _inject_lora(model: nn.Module, config: AdapterConfig) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
+    from finetune.lora import quicken
+
     if "projection" in config.targets:
         open_projections(model, config.lock)
     image = r"visual\..*"  # peft matches patterns against whole names; all else is the text tower's
@@ -168,6 +170,7 @@ def _inject_lora(model: nn.Module, config: AdapterConfig) -> None:
         target_modules="|".join(re.escape(name) for name in _target_modules(model, config)),
     )
     inject_adapter_in_model(lora, model)
+    quicken(model)
 
 
 def open_projections(model: nn.Module, locked: Sequence[str] = ()) -> None:
