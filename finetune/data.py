@@ -165,8 +165,8 @@ class PairDataset(Dataset[Batch]):
         if self.cached and self.cached.tower == "image":
             embeddings, ids = self.cached.read([draw.row for draw in draws])
             return {"image": embeddings}, ids
-        pixels, ids = zip(*(self._pixels(draw) for draw in draws), strict=True)
-        return {"pixels": torch.stack(pixels)}, list(ids)
+        pixels, shown = zip(*(self._pixels(draw) for draw in draws), strict=True)
+        return {"pixels": torch.stack(pixels)}, list(shown)
 
     def texts(self, draws: Sequence[Draw]) -> tuple[Batch, list[int]]:
         """What is said of samples, and an id of each text, as the text tower reads it."""
@@ -517,9 +517,10 @@ class CLIPDataModule(lightning.LightningDataModule):
         def batches(rows: range) -> Iterator[tuple[Tensor, Sequence[int]]]:
             size = self.config.eval_batch_size
             draws = [[Draw(row, 0) for row in rows[start : start + size]] for start in range(0, len(rows), size)]
-            seen = _Seen(dataset, features.tower)
+            seen: Any = _Seen(dataset, features.tower)
             with torch.no_grad(), evaluating(module), trainer.precision_plugin.forward_context():
-                for batch, ids in _load(seen, draws, self.config.num_workers):  # type: ignore[arg-type, misc]
+                loaded: Any = _load(seen, draws, self.config.num_workers)
+                for batch, ids in loaded:
                     yield module.embed_locked(features.tower, batch), ids
 
         world_size, rank = self._world()
