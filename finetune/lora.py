@@ -17,7 +17,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
 
-class LoraLinear(Linear):  # type: ignore[misc]  # peft has no types
+class LoraLinear(Linear):
     """peft's LoRA of a linear layer; what is not plain (dropout, DoRA, merged) is left to peft."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -26,7 +26,13 @@ class LoraLinear(Linear):  # type: ignore[misc]  # peft has no types
             whole: Tensor = super().forward(x, *args, **kwargs)
             return whole
         base = self.base_layer
-        given = (x, base.weight, base.bias, self.lora_A["default"].weight, self.lora_B["default"].weight)
+        given: tuple[Any, ...] = (
+            x,
+            base.weight,
+            base.bias,
+            self.lora_A["default"].weight,
+            self.lora_B["default"].weight,
+        )
         if torch.is_autocast_enabled(x.device.type):
             kind = torch.get_autocast_dtype(x.device.type)
             given = tuple(tensor if tensor is None else tensor.to(kind) for tensor in given)
