@@ -2,6 +2,7 @@
 
     python benchmarks/step.py             a tiny ViT, 12 steps, and ViT-B/32, 3 steps; a quarter of an hour
     python benchmarks/step.py --quick     the tiny ViT, 4 steps
+    python benchmarks/step.py --bf16      bfloat16 too where this CPU has no arithmetic for it: hours
 
 The same tensors for all, made by seed: random images, and captions as long as web captions are (log-normal, median 11
 tokens with both ends, σ 0.6; open_clip pads them to 77). Each arm is a process of its own, one thread, and what is
@@ -11,11 +12,13 @@ counted is CPU time after the first step:
     finetune        CLIPModule under lightning.Trainer, as `finetune fit` has it; 32-true, bf16-mixed
     bare            the same towers, loss and optimiser in a loop without Lightning
     lora            finetune with LoRA of rank 8 in both towers, 32-true
+    lit             finetune with the image tower locked and its embeddings kept (finetune/features.py), 32-true
 
 `ratio_fp32` and `ratio_bf16`: finetune to open_clip in the same precision; `bf16_to_fp32`: finetune in bfloat16 to
 open_clip in float32. `bare_share`: finetune to bare. `lora_ratio`: lora to finetune; `lora_memory_share`: what its
-process holds at its peak beyond what it held before the first step, to finetune's. All of the tiny ViT; those of
-ViT-B/32 have `b32_` before them. The last line is one JSON object.
+process holds at its peak beyond what it held before the first step, to finetune's. `lit_ratio`: lit to open_clip;
+`lit_to_full`: lit to finetune. All of the tiny ViT; those of ViT-B/32 have `b32_` before them. The last line is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -53,6 +56,7 @@ ARMS = (
     "finetune bf16-mixed",
     "bare 32-true",
     "lora 32-true",
+    "lit 32-true",
 )
 END, BEGIN = 49407, 49406
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -61,6 +65,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the tiny ViT, 4 steps")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 even where this CPU has no arithmetic for it")
     parser.add_argument("--arm", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.arm:
@@ -69,23 +74,28 @@ def main() -> None:
         return
     print(f"{platform.machine()}, {os.cpu_count()} cores, one thread, torch {version('torch')}, "
           f"lightning {version('lightning')}, open_clip {version('open_clip_torch')}")  # fmt: skip
+    arms = list(ARMS)
+    if not (given.bf16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        arms = [arm for arm in ARMS if "bf16" not in arm]
+        print("this CPU has no bfloat16 arithmetic: without the arms of bfloat16")
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         tiny = Path(folder) / "tiny-clip.json"
         tiny.write_text(json.dumps(TINY), encoding="utf-8")
-        figures |= compare("tiny", str(tiny), 64, 4 if given.quick else 12, "")
+        figures |= compare("tiny", str(tiny), 64, 4 if given.quick else 12, arms)
     if not given.quick:
-        figures |= compare("ViT-B/32", "ViT-B-32", 16, 3, "b32_")
+        found = compare("ViT-B/32", "ViT-B-32", 16, 3, arms)
+        figures |= {f"b32_{key}": value for key, value in found.items()}
     print(json.dumps(figures))
 
 
-def compare(label: str, name: str, batch: int, steps: int, prefix: str) -> dict[str, float]:
-    """All arms of one architecture."""
+def compare(label: str, name: str, batch: int, steps: int, arms: list[str]) -> dict[str, float]:
+    """The arms, of one architecture."""
     print(
         f"\n{label}, batches of {batch}, {steps} steps\n\n| | samples per CPU-second | MB |\n|---|---|---|", flush=True
     )
     found: dict[str, dict[str, float]] = {}
-    for arm in ARMS:
+    for arm in arms:
         command = [sys.executable, __file__, "--arm", arm, name, str(batch), str(steps)]
         done = subprocess.run(
             command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
@@ -98,13 +108,15 @@ def compare(label: str, name: str, batch: int, steps: int, prefix: str) -> dict[
     ours, peer = speed["finetune 32-true"], speed["open_clip fp32"]
     ratios = {
         "ratio_fp32": ours / peer,
-        "ratio_bf16": speed["finetune bf16-mixed"] / speed["open_clip amp_bf16"],
-        "bf16_to_fp32": speed["finetune bf16-mixed"] / peer,
         "bare_share": ours / speed["bare 32-true"],
         "lora_ratio": speed["lora 32-true"] / ours,
         "lora_memory_share": found["lora 32-true"]["mb"] / found["finetune 32-true"]["mb"],
+        "lit_ratio": speed["lit 32-true"] / peer,
+        "lit_to_full": speed["lit 32-true"] / ours,
     }
-    return {prefix + key: round(value, 2) for key, value in ratios.items()}
+    if half := speed.get("finetune bf16-mixed"):
+        ratios |= {"ratio_bf16": half / speed["open_clip amp_bf16"], "bf16_to_fp32": half / peer}
+    return {key: round(value, 2) for key, value in ratios.items()}
 
 
 # --- an arm, in a process of its own ---------------------------------------------------------------------------------
@@ -191,19 +203,23 @@ def open_clip_train(_: str, precision: str, name: str, batch: int, steps: int) -
 def _module(kind: str, name: str) -> Any:
     from finetune.module import CLIPModule
 
-    adapter = {"kind": "lora", "rank": 8} if kind == "lora" else {"kind": "full"}
-    return CLIPModule({"name": name, "pretrained": None}, adapter)
+    adapters = {"lora": {"kind": "lora", "rank": 8}, "lit": {"kind": "full", "lock": ["image"]}}
+    return CLIPModule({"name": name, "pretrained": None}, adapters.get(kind, {"kind": "full"}))
 
 
-def _batches(module: Any, batch: int, steps: int) -> list[dict[str, torch.Tensor]]:
-    """As the data module makes them: captions cut behind the longest of the batch."""
-    from finetune.trimming import trim_of
+def _batches(kind: str, module: Any, batch: int, steps: int) -> list[dict[str, Any]]:
+    """As the data module makes them: captions in rows; of a locked tower its embeddings."""
+    from finetune.packing import packer_of
 
-    trim = trim_of(module.model)
-    assert trim is not None
+    pack = packer_of(module.model)
+    assert pack is not None
     group = torch.arange(3 * batch).reshape(3, batch).T  # ids of what is said, of duplicates, and of images
-    size = module.model.visual.image_size[0]
-    return [{"pixels": x, "tokens": trim(t), "group": group} for x, t in pairs(size, batch, steps)]
+    found = []
+    for pixels, tokens in pairs(module.model.visual.image_size[0], batch, steps):
+        kept = torch.nn.functional.normalize(pixels[:, 0].flatten(1)[:, : module.width], dim=-1)
+        seen = {"image": kept} if kind == "lit" else {"pixels": pixels}
+        found.append({**seen, "tokens": tokens, "packed": pack(tokens), "group": group})
+    return found
 
 
 def finetune(kind: str, precision: str, name: str, batch: int, steps: int) -> Clock:
@@ -216,7 +232,7 @@ def finetune(kind: str, precision: str, name: str, batch: int, steps: int) -> Cl
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     module = _module(kind, name)
-    data = _batches(module, batch, steps)
+    data = _batches(kind, module, batch, steps)
     clock = Clock()
 
     class Ticks(lightning.Callback):
@@ -237,7 +253,7 @@ def bare(kind: str, precision: str, name: str, batch: int, steps: int) -> Clock:
     from finetune.optim import adamw
 
     module = _module(kind, name)
-    data = _batches(module, batch, steps)
+    data = _batches(kind, module, batch, steps)
     optimizer = adamw(module.model, module.optimizer)
     clock = Clock()
     for each in data:

@@ -165,6 +165,8 @@ def lora_target(name: str, module: nn.Module) -> str | None:
 def _inject_lora(model: nn.Module, config: AdapterConfig) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
+    from finetune.lora import quicken
+
     if "projection" in config.targets:
         open_projections(model, config.lock)
     targets = _target_modules(model, config)
@@ -182,6 +184,7 @@ def _inject_lora(model: nn.Module, config: AdapterConfig) -> None:
         target_modules="|".join(re.escape(name) for name in targets),
     )
     inject_adapter_in_model(lora, model)
+    quicken(model)
 
 
 def _check_variant(model: nn.Module, config: AdapterConfig, targets: Sequence[str]) -> None:

@@ -110,6 +110,7 @@ SWITCHES = {
         "--restart": "Forget what an earlier run left in `out`.",
         "--continue_changed": "Go on although the data or a key that matters is not what the run was begun with.",
         "--dry_run": "Print the plan (data, steps, what is trained, memory) and stop; nothing is written.",
+        "--profile": "Look at a few steps with torch's profiler, and write where their time went into `out`/profile.",
     },
     "summary": AS_JSON,
     "validate": AS_JSON,
@@ -182,6 +183,7 @@ def fit(options: Namespace) -> None:
         restart=options.get("restart", False),
         changed=options.get("continue_changed", False),
         ckpt_path=options.get("ckpt_path"),
+        profile=options.get("profile", False),
     )
     if getattr(rank_zero_only, "rank", 0):  # another process of the same run prints
         return

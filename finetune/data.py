@@ -622,7 +622,7 @@ class CLIPDataModule(lightning.LightningDataModule):
         def batches(rows: range) -> Iterator[tuple[Tensor, Sequence[int]]]:
             size = self.config.eval_batch_size
             draws = [[Draw(row, 0) for row in rows[start : start + size]] for start in range(0, len(rows), size)]
-            seen = _Seen(dataset, features.tower)
+            seen: Any = _Seen(dataset, features.tower)
             with torch.no_grad(), evaluating(module), trainer.precision_plugin.forward_context():
                 for batch, ids in _load(seen, draws, self.config.num_workers, self.config.max_broken * len(dataset)):
                     yield module.embed_locked(features.tower, batch), ids

@@ -93,6 +93,7 @@ OURS = (
     "checkpoints",
     "metrics.csv",
     "tensorboard",
+    "profile",
     "before.json",
     "interpolation.json",
     "evaluation.json",
@@ -135,7 +136,14 @@ def plan(config: FitConfig) -> Plan:
         return _plan(config, *_prepare(config))
 
 
-def fit(config: FitConfig, *, restart: bool = False, changed: bool = False, ckpt_path: str | None = None) -> FitResult:
+def fit(
+    config: FitConfig,
+    *,
+    restart: bool = False,
+    changed: bool = False,
+    ckpt_path: str | None = None,
+    profile: bool = False,
+) -> FitResult:
     """Train as configured, or go on where the same run was interrupted, or do nothing if it is finished.
 
     Args:
@@ -144,6 +152,7 @@ def fit(config: FitConfig, *, restart: bool = False, changed: bool = False, ckpt
         changed: go on although the data or a key that matters is another.
         ckpt_path: `last`: there must be something to go on from; or the checkpoint to go on from, of this run or, into
             a new folder, of another.
+        profile: look at a few steps, and write down where their time went (finetune/profiling.py).
 
     Raises:
         ConfigError: `config.out` holds a run of another configuration or other inputs, or what is no run; or a key does
@@ -166,7 +175,7 @@ def fit(config: FitConfig, *, restart: bool = False, changed: bool = False, ckpt
             logger.info("%s: finished already; nothing to do", config.out)
             return _result(config.out, finished_before=True)
         try:
-            return _run(config, start, anew=changed)
+            return _run(config, start, anew=changed, profile=profile)
         except Interrupted as stop:
             logger.warning("%s: interrupted; the same command continues it", config.out)
             if stop.code == 130:
@@ -363,13 +372,17 @@ def _result(out: Path, **how: bool) -> FitResult:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def _run(config: FitConfig, start: Path | None, *, anew: bool) -> FitResult:
+def _run(config: FitConfig, start: Path | None, *, anew: bool, profile: bool = False) -> FitResult:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from finetune.plan import tell
 
     resumed = start is not None
     module, data, trainer = _prepare(config, anew=anew)
+    if profile:
+        from finetune.profiling import Profile
+
+        trainer.callbacks.append(Profile(config.out / "profile"))  # type: ignore[attr-defined]
     if _is_first_process():
         tell(_plan(config, module, data, trainer))
     if resumed:

@@ -208,7 +208,9 @@ class CLIPModule(lightning.LightningModule):
     def embed_locked(self, tower: str, seen: Batch) -> Tensor:
         """Embeddings that a locked tower makes of pixels, or of tokens, on any device."""
         seen = move_data_to_device(seen, self.device)
-        return self.encode_image(seen["pixels"]) if tower == "image" else self.encode_text(self._packed(seen))
+        if tower == "image":
+            return self.encode_image(seen["pixels"])
+        return self.encode_text(seen.get("packed") or seen["tokens"])
 
     @property
     def width(self) -> int:

@@ -109,8 +109,14 @@ def pack(token_BL: Tensor, trim: Trim) -> Packed | None:
     end_B = start_B + length - 1
     query_RQ = np.zeros(len(rows) * most, np.int64)
     query_RQ[place_B] = end_B % width
-    shaped = (torch.from_numpy(each).view(len(rows), -1) for each in (position_RW, caption_RW, query_RQ))
-    return Packed(token_RW.view(len(rows), -1), *shaped, torch.from_numpy(place_B), torch.from_numpy(end_B))
+    return Packed(
+        token_RW.view(len(rows), -1),
+        torch.from_numpy(position_RW).view(len(rows), -1),
+        torch.from_numpy(caption_RW).view(len(rows), -1),
+        torch.from_numpy(query_RQ).view(len(rows), -1),
+        torch.from_numpy(place_B),
+        torch.from_numpy(end_B),
+    )
 
 
 @dataclass(frozen=True, slots=True)

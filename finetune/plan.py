@@ -152,6 +152,11 @@ def _device(trainer: Any) -> str:
     return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device.type)
 
 
+def has_bf16() -> bool:
+    """Whether this CPU multiplies matrices of bfloat16 itself."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +255,9 @@ def rows(plan: Plan) -> Iterator[tuple[str, str]]:
     parts += [("logits", memory.logits)]
     listed = ", ".join(f"{name} {size(count)}" for name, count in parts)
     yield "memory", f"about {size(memory.total)} a device: {listed}"
-    yield "device", f"{plan.device}, {plan.precision}"
+    slow = plan.device == "cpu" and plan.precision.startswith("bf16") and not has_bf16()
+    note = " (this CPU has no bfloat16 arithmetic: 32-true is several times faster)" if slow else ""
+    yield "device", f"{plan.device}, {plan.precision}{note}"
     yield "writes", str(config.out)
 
 

@@ -42,9 +42,17 @@ class LastBlock(nn.Module):
         first: compute the first position, where nothing else is said; else all.
     """
 
+    ln_1: nn.Module
+    attn: nn.Module
+    ls_1: nn.Module
+    ln_2: nn.Module
+    mlp: nn.Module
+    ls_2: nn.Module
+
     def __init__(self, block: Any, *, first: bool) -> None:
         super().__init__()
-        self.first, self.kind = first, type(block)
+        self.first = first
+        self.kind: type[nn.Module] = type(block)
         for name, part in block.named_children():
             self.add_module(name, part)
         self.train(block.training)
@@ -91,7 +99,7 @@ class LastBlock(nn.Module):
 
     def whole(self) -> nn.Module:
         """open_clip's own block again, with today's parts."""
-        block: nn.Module = self.kind.__new__(self.kind)
+        block: nn.Module = object.__new__(self.kind)
         nn.Module.__init__(block)
         for name, part in self.named_children():
             block.add_module(name, part)

@@ -52,7 +52,7 @@ def counted_bytes(module: CLIPModule, pairs: int) -> int:
 def test_the_activations_of_a_pair_are_what_autograd_keeps(architecture, adapter, architectures):
     module = module_of(architectures[architecture], **adapter)
     really = (counted_bytes(module, 8) - counted_bytes(module, 4)) / 4
-    assert activation_bytes(module) == pytest.approx(really, rel=0.02)
+    assert activation_bytes(module) == pytest.approx(really, rel=0.03)
 
 
 def test_less_is_kept_in_half_precision_and_nothing_of_a_locked_tower(architectures):
@@ -206,6 +206,14 @@ def test_the_recipe_for_the_size_is_named(tmp_path, dataset, architectures):
     made = planned(tmp_path, dataset, architectures)
     for pairs, name in ((1_999, "few"), (2_000, "medium"), (200_000, "large")):
         assert f"recipe for this size: {name}" in dict(rows(replace(made, pairs={"train": pairs})))["data"]
+
+
+def test_bfloat16_on_a_cpu_without_it_is_told(tmp_path, dataset, architectures, monkeypatch):
+    made = replace(planned(tmp_path, dataset, architectures), device="cpu", precision="bf16-mixed")
+    for there, told in ((True, "cpu, bf16-mixed"), (False, "cpu, bf16-mixed (this CPU has no bfloat16 arithmetic: ")):
+        monkeypatch.setattr("finetune.plan.has_bf16", lambda there=there: there)
+        assert dict(rows(made))["device"].startswith(told)
+        assert dict(rows(made))["device"].endswith(")") != there
 
 
 def test_a_dataset_without_a_val_split_plans_none(tmp_path, architectures):
