@@ -156,7 +156,7 @@ def _identity(steps: Sequence[Step]) -> list[object]:
 
 def _named_images(steps: Sequence[Step]) -> dict[str, Identity]:
     """By path, what a change of the user's images there changes."""
-    found = {}
+    found: dict[str, Identity] = {}
     for step in steps:
         named = step.against if isinstance(step, Decontaminate) else [getattr(step, "images", None)]
         paths = [find(label(step), text) for text in named if text]
