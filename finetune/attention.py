@@ -122,7 +122,7 @@ class SplitTrunkAttention(nn.Module):
 
     def join(self) -> nn.Module:
         """The same attention as timm's module."""
-        from timm.models.vision_transformer import Attention
+        from timm.models.vision_transformer import Attention  # type: ignore[attr-defined]  # where all versions have it
 
         q, k, v, out = self.q_proj, self.k_proj, self.v_proj, self.out_proj
         packed: Any = Attention(
@@ -174,7 +174,7 @@ class SplitAttentionPool(nn.Module):
 def split_attention(model: nn.Module) -> None:
     """Give an open_clip model, in place, attention and attention pools that LoRA can reach; outputs stay equal."""
     from open_clip.modified_resnet import AttentionPool2d
-    from timm.models.vision_transformer import Attention
+    from timm.models.vision_transformer import Attention  # type: ignore[attr-defined]  # where all versions have it
 
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.MultiheadAttention):

@@ -142,7 +142,7 @@ class EpochLength(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         """Count an epoch that a checkpoint was taken at the end of; Lightning does so only where epochs end the run."""
-        progress = trainer.fit_loop.epoch_progress.current
+        progress: Any = trainer.fit_loop.epoch_progress.current
         progress.completed = progress.processed
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
@@ -169,7 +169,8 @@ class GivenRates(lightning.Callback):
         """
         (optimizer,), (found,) = trainer.optimizers, trainer.lr_scheduler_configs
         made = pl_module.configure_optimizers()
-        meant, scheduler = made["optimizer"].param_groups, found.scheduler
+        meant = made["optimizer"].param_groups
+        scheduler: Any = found.scheduler
         if [len(group["params"]) for group in meant] != [len(group["params"]) for group in optimizer.param_groups]:
             raise ConfigError("model.optimizer: groups of parameters other than the checkpoint's; give another `out`")
         scheduler.base_lrs = [group["initial_lr"] for group in meant]

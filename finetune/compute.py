@@ -91,13 +91,13 @@ def _checkpoint_blocks(name: str, tower: Any) -> None:
 
 def _drop_patches(visual: Any, share: float) -> None:
     from open_clip.transformer import PatchDropout
-    from timm.layers import PatchDropout as TimmPatchDropout
+    from timm.layers.patch_dropout import PatchDropout as TimmPatchDropout
 
     if visual is None:
         raise ModelError(
             "model.compute.patch_dropout: the image tower is not trained, and sees all patches; set it to 0"
         )
-    trunk = getattr(visual, "trunk", None)
+    trunk: Any = getattr(visual, "trunk", None)
     if hasattr(visual, "patch_dropout"):
         visual.patch_dropout = PatchDropout(share)
     elif isinstance(getattr(trunk, "patch_drop", None), nn.Identity):

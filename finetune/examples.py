@@ -233,17 +233,17 @@ def _classification(task: ZeroShotSet, pictures: _Pictures, before: Evaluation, 
 
     mistaken = np.flatnonzero(new != labels)
     surest = mistaken[np.argsort(-np.array(now.confidence)[mistaken], kind="stable")][: 2 * SHOWN]
-    counts = tuple(Counter(zip(task.labels, ranking.predicted, strict=True)) for ranking in (was, now))
+    then, later = (Counter(zip(task.labels, ranking.predicted, strict=True)) for ranking in (was, now))
     changes = [
         {
             "class": task.classes[true],
             "taken_for": task.classes[taken],
             "of": int((labels == true).sum()),
-            "before": counts[0][true, taken],
-            "after": counts[1][true, taken],
+            "before": then[true, taken],
+            "after": later[true, taken],
             "pictures": [picture(n) for n in _drawn(_moved(labels == true, old == taken, new == taken), 3)],
         }
-        for true, taken in changed_most(*counts)
+        for true, taken in changed_most(then, later)
     ]
     return {
         "set": task.name,
@@ -251,7 +251,7 @@ def _classification(task: ZeroShotSet, pictures: _Pictures, before: Evaluation, 
         "won": int(((old != labels) & (new == labels)).sum()),
         "lost": int(((old == labels) & (new != labels)).sum()),
         "changes": changes,
-        "confusion": _confusion(task.classes, *counts),
+        "confusion": _confusion(task.classes, then, later),
         "worst": [told(int(number)) for number in surest],
     }
 

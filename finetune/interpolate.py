@@ -206,7 +206,7 @@ def as_json(goal: Goal, points: Sequence[Point], chosen: Alpha | None) -> dict[s
         outcomes = point.evaluation.outcomes()
         values = {metric: of.value for metric, of in outcomes.items()}
         kept = sum(values[metric] for metric in goal.keep) / len(goal.keep)
-        told = {"gain": values[goal.gain], "keep": kept, "within": goal.score(start, values) >= 0}
+        told: dict[str, Any] = {"gain": values[goal.gain], "keep": kept, "within": goal.score(start, values) >= 0}
         told["gain_interval"] = bootstrap_interval(outcomes[goal.gain])
         # Of several metrics: each resampled by itself, as they are of different samples.
         resamples = [resampled(outcomes[metric], seed) for seed, metric in enumerate(goal.keep)]

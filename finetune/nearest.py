@@ -97,7 +97,7 @@ def draw_pairs(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """
     images: set[int] = set()
     captions: set[int] = set()
-    drawn = []
+    drawn: list[tuple[int, int]] = []
     for number in np.random.default_rng(0).permutation(len(pairs)).tolist():
         image, caption = (int(each) for each in pairs[number])
         if image in images or caption in captions or len(drawn) == SIDE:

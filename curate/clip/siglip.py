@@ -124,7 +124,7 @@ def read_folder(folder: Path, config: Mapping[str, Any]) -> Source:
     )
     _check_readable(vision, trunk)
     state = read_weights(folder)
-    model_cfg = {
+    model_cfg: dict[str, Any] = {
         "embed_dim": trunk.width,
         "init_logit_bias": float(state["logit_bias"].float().item()),
         "custom_text": True,
@@ -228,10 +228,10 @@ def trunk_of(model: nn.Module) -> Trunk:
     Raises:
         ModelError: it is not of SigLIP's kind.
     """
-    trunk: Any = model.visual.trunk
+    trunk: Any = model.get_submodule("visual.trunk")
     mlps = [*(block.mlp for block in trunk.blocks), getattr(trunk.attn_pool, "mlp", None)]
-    alike = {(mlp.fc1.out_features, _approximation(mlp.act)) if mlp else None for mlp in mlps}
-    if len(alike) != 1 or None in alike or trunk.attn_pool.num_heads != trunk.blocks[0].attn.num_heads:
+    alike = {(mlp.fc1.out_features, _approximation(mlp.act)) for mlp in mlps if mlp}
+    if len(alike) != 1 or None in mlps or trunk.attn_pool.num_heads != trunk.blocks[0].attn.num_heads:
         raise ModelError("transformers' SiglipModel cannot express this timm tower; export to open_clip instead")
     hidden, approximate = alike.pop()
     return Trunk(

@@ -106,6 +106,7 @@ def _parsed(path: Path) -> _Spec:
 def _fields(message: bytes) -> dict[int, list[Any]]:
     """The values of a protocol buffer by field number: whole numbers as int, all else as bytes."""
     found: dict[int, list[Any]] = {}
+    value: int | bytes
     place = 0
     while place < len(message):
         tag, place = _varint(message, place)

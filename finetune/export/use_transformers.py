@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer
 try:  # PIL's resize, which CLIP was trained with; transformers 5 resizes tensors by default: pixels off by one in 255
     from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
-    PROCESSORS = {"clip": CLIPImageProcessorPil, "siglip": SiglipImageProcessorPil}
+    PROCESSORS: dict[str, Any] = {"clip": CLIPImageProcessorPil, "siglip": SiglipImageProcessorPil}
 except ImportError:
     PROCESSORS = {"clip": AutoProcessor, "siglip": AutoProcessor}
 
