@@ -140,10 +140,12 @@ class EpochLength(lightning.Callback):
     them than the next.
     """
 
-    def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
-        """Count an epoch that a checkpoint was taken at the end of; Lightning does so only where epochs end the run."""
-        progress = trainer.fit_loop.epoch_progress.current
-        progress.completed = progress.processed
+    def setup(self, trainer: lightning.Trainer, *_: Any, **__: Any) -> None:
+        """Let a run that `max_steps` ends go on from an epoch's end as one that `max_epochs` ends does.
+
+        Otherwise Lightning takes that epoch for unfinished and ends it once more: all later ones are miscounted.
+        """
+        trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         """Look at the loader, which is at the epoch's beginning."""
@@ -169,7 +171,8 @@ class GivenRates(lightning.Callback):
         """
         (optimizer,), (found,) = trainer.optimizers, trainer.lr_scheduler_configs
         made = pl_module.configure_optimizers()
-        meant, scheduler = made["optimizer"].param_groups, found.scheduler
+        meant = made["optimizer"].param_groups
+        scheduler: Any = found.scheduler
         if [len(group["params"]) for group in meant] != [len(group["params"]) for group in optimizer.param_groups]:
             raise ConfigError("model.optimizer: groups of parameters other than the checkpoint's; give another `out`")
         scheduler.base_lrs = [group["initial_lr"] for group in meant]

@@ -468,8 +468,8 @@ class FitConfig:
     seed_everything: int = 0
     """Seed of all randomness."""
     checkpoint_every_n_steps: int = 200
-    """Save checkpoints/last.ckpt every so many steps, and at the end of each epoch; a killed run goes on from there. The
-    one before stays as previous.ckpt."""
+    """Save checkpoints/last.ckpt every so many steps, and at the end of each epoch; a killed run goes on from there.
+    The one before stays as previous.ckpt."""
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(max_epochs=10))
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

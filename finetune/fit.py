@@ -225,7 +225,7 @@ def _start(out: Path, ckpt_path: str | None) -> Path | None:
         if ckpt_path and not found:
             raise InputError(f"ckpt_path: {folder}: no checkpoint to go on from; leave --ckpt_path out to begin")
         return found
-    path = Path(ckpt_path)  # type: ignore[arg-type]
+    path = Path(ckpt_path)
     if not path.is_file():
         raise InputError(f"ckpt_path: {path}: no such file; expected last or the path of a checkpoint")
     if damage := damage_of(path):
@@ -467,7 +467,7 @@ def _callbacks(config: FitConfig, *, shown: bool, anew: bool) -> list[Any]:
 
     folder = config.out / "checkpoints"
     evaluation = EvaluationCallback(config.evaluate, config.data, config.out, config.keep)
-    callbacks = [
+    callbacks: list[Any] = [
         evaluation,
         Alarms(config.trainer.log_every_n_steps, config.checkpoint_every_n_steps),
         RandomState(),
