@@ -140,10 +140,12 @@ class EpochLength(lightning.Callback):
     them than the next.
     """
 
-    def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
-        """Count an epoch that a checkpoint was taken at the end of; Lightning does so only where epochs end the run."""
-        progress: Any = trainer.fit_loop.epoch_progress.current
-        progress.completed = progress.processed
+    def setup(self, trainer: lightning.Trainer, *_: Any, **__: Any) -> None:
+        """Let a run that `max_steps` ends go on from an epoch's end as one that `max_epochs` ends does.
+
+        Otherwise Lightning takes that epoch for unfinished and ends it once more: all later ones are miscounted.
+        """
+        trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         """Look at the loader, which is at the epoch's beginning."""
