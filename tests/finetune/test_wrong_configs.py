@@ -276,6 +276,12 @@ FLAGS = [
     case(None, None, "notes.txt:1: the file: expected keys (", flags="--config notes.txt"),
     case(None, None, "--out: expected one argument", flags="--out"),
     case(None, None, "no key 'dryrun'", flags="--dryrun"),
+    case(None, None, "no key 'continue_change'", flags="--continue_change"),
+    case(None, None, "no key 'profiles'", flags="--profiles"),
+    case(None, None, "ckpt_path: gone.ckpt: no such file; expected last or the path", flags="--ckpt_path gone.ckpt"),
+    case(None, None, "ckpt_path: run/checkpoints: no checkpoint to go on from", flags="--ckpt_path last"),
+    case(None, None, "ckpt_path: --restart begins anew", flags="--ckpt_path last --restart"),
+    case(None, None, "--ckpt_path: expected one argument", flags="--ckpt_path"),
 ]
 CASES = [*TYPOS, *NOT_HERE, *TYPES, *BOUNDS, *TOGETHER, *MISSING, *FLAGS]
 
