@@ -373,7 +373,7 @@ def _random_is_meant() -> Iterator[None]:
 
 
 def make_trainable(clip: Clip, adapter: AdapterConfig, loss: LossConfig) -> None:
-    """Make a CLIP, in place, ready to be trained as configured, with a bias of its logits where SigLIP's loss needs one.
+    """Make a CLIP, in place, ready to be trained as configured; with a `logit_bias` where SigLIP's loss needs one.
 
     Raises:
         ModelError: as `adapt`.
