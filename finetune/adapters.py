@@ -33,6 +33,12 @@ LINEARS = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "out", "c_fc": "fc", "c_proj": "proj",
     "fc1": "fc", "fc2": "proj",
 }  # fmt: skip
+# The same of Hugging Face's text encoders of BERT's kind; the first end of a name that fits.
+ENCODER = {
+    ".attention.self.query": "q", ".attention.self.key": "k", ".attention.self.value": "v",
+    ".attention.output.dense": "out", ".intermediate.dense": "fc", ".output.dense": "proj",
+}  # fmt: skip
+KEY_BIASES = (".k_proj.bias", ".attention.self.key.bias")
 PACKED = {"q", "k", "v"}  # the `qkv` of timm's other towers is all three in one layer
 # The last linear map of a tower: a matrix or layer of open_clip's, a ResNet's attention pool's, a timm trunk's; SigLIP
 # has nothing behind its attention pool, whose own last layer it is.
@@ -41,7 +47,7 @@ PROBED = (
     r"|visual\.trunk\.attn_pool\.mlp\.fc2|visual\.trunk\.head(\.fc)?)\b"
 )
 OPENED = {
-    "visual.proj.linear", "text_projection.linear", "text.text_projection.linear", "visual.head.proj",
+    "visual.proj.linear", "text_projection.linear", "text.text_projection.linear", "text.proj", "visual.head.proj",
     "visual.trunk.head", "visual.trunk.head.fc",
 }  # fmt: skip
 
@@ -110,7 +116,7 @@ def chosen_parameters(model: nn.Module, config: AdapterConfig) -> set[str]:
         return {f"{norm}.{part}" for norm in norms for part in ("weight", "bias")} & set(names)
     if config.kind == "bias":
         # Softmax does not see a key's bias (it adds the same to every logit of a query): it would never move.
-        return {name for name in names if name.endswith(".bias") and not name.endswith(".k_proj.bias")}
+        return {name for name in names if name.endswith(".bias") and not name.endswith(KEY_BIASES)}
     if config.kind == "probe":
         return {name for name in names if re.match(PROBED, name)}
     depths = Depths(names)
@@ -159,6 +165,8 @@ def lora_target(name: str, module: nn.Module) -> str | None:
         return "pool"
     if parent.endswith((".attn", ".token_mixer")) and last in ("qkv", "proj"):  # timm's
         return {"qkv": "qkv", "proj": "out"}[last]
+    if name.startswith("text.transformer.encoder."):
+        return next((target for end, target in ENCODER.items() if name.endswith(end)), None)
     return LINEARS.get(last)
 
 

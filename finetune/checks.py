@@ -14,7 +14,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from curate.errors import ConfigError, did_you_mean
+from curate.errors import ConfigError, InputError, did_you_mean
 from curate.shards import SPLITS, shard_folder, shards_of
 from finetune.config import (
     SHARDED,
@@ -52,6 +52,29 @@ def check(config: FitConfig) -> None:
     _check_monitor(config)
     if config.out.exists() and not config.out.is_dir():
         raise ConfigError(f"out: {config.out} is a file; expected a folder for the run")
+
+
+def check_start(out: Path, ckpt_path: str | None, *, restart: bool) -> None:
+    """Check that there is what a run is to go on from; whether it is whole, only reading it can tell.
+
+    Args:
+        out: folder of the run.
+        ckpt_path: `last`, or a path; None: nothing is asked for.
+        restart: forget what is there.
+
+    Raises:
+        ConfigError: both are asked for.
+        InputError: there is no such checkpoint.
+    """
+    if ckpt_path is None:
+        return
+    if restart:
+        raise ConfigError("ckpt_path: --restart begins anew; give one of the two")
+    folder = out / "checkpoints"
+    if ckpt_path == "last" and not any((folder / name).is_file() for name in ("last.ckpt", "previous.ckpt")):
+        raise InputError(f"ckpt_path: {folder}: no checkpoint to go on from; leave --ckpt_path out to begin")
+    if ckpt_path != "last" and not Path(ckpt_path).is_file():
+        raise InputError(f"ckpt_path: {ckpt_path}: no such file; expected last or the path of a checkpoint")
 
 
 # --- values ----------------------------------------------------------------------------------------------------------

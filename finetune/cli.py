@@ -28,7 +28,7 @@ from finetune.arguments import (
     check_files,
     check_predict,
 )
-from finetune.checks import check, check_probes, check_robustness
+from finetune.checks import check, check_probes, check_robustness, check_start
 from finetune.config import ClipConfig, FitConfig
 
 if TYPE_CHECKING:
@@ -167,6 +167,8 @@ def fit(options: Namespace) -> None:
     """Print the plan, train, write the report, print before and after."""
     config = as_config(options, FitConfig)
     check(config)
+    restart, ckpt_path = options.get("restart", False), options.get("ckpt_path")
+    check_start(config.out, ckpt_path, restart=restart)
     if options.get("dry_run"):
         from finetune.fit import plan
         from finetune.plan import tell
@@ -180,9 +182,9 @@ def fit(options: Namespace) -> None:
 
     run_fit(
         config,
-        restart=options.get("restart", False),
+        restart=restart,
         changed=options.get("continue_changed", False),
-        ckpt_path=options.get("ckpt_path"),
+        ckpt_path=ckpt_path,
         profile=options.get("profile", False),
     )
     if getattr(rank_zero_only, "rank", 0):  # another process of the same run prints

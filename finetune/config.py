@@ -347,7 +347,7 @@ class DataConfig:
     """Of training images. exact: by Pillow, the very pixels of open_clip's transform, in twice the time."""
     max_broken: float = 0.01
     """Share of an epoch's images that may be unreadable: others stand in for them. More of them stop the run."""
-    cache_features: Literal["auto", "off"] = "auto"
+    cache_features: Literal["auto", "never"] = "auto"
     """auto: the embeddings of a locked tower that sees each sample the same way each time (an image tower: crop_scale
     [1, 1]; a text tower: one caption a sample) are computed once, and kept beside `out` for later runs too."""
 

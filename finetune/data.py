@@ -581,8 +581,8 @@ class CLIPDataModule(lightning.LightningDataModule):
         if tower is None:
             return None
         index = self._whole_index()
-        if self.config.cache_features == "off":
-            return tower, "data.cache_features is off"
+        if self.config.cache_features == "never":
+            return tower, "data.cache_features is never"
         if self.features_folder is None:
             return tower, "there is no folder for them"
         if module.is_sharded:

@@ -35,6 +35,7 @@ from curate.clip import weights_fingerprint
 from curate.errors import Busy, ConfigError, InputError, did_you_mean
 from curate.options import read_config
 from curate.shards import fingerprint, sweep, write_text
+from finetune.checks import check_start
 from finetune.config import SHARDED, FitConfig, TrainerConfig
 from finetune.keep import LOWER_IS_BETTER, TRADE_OFF, USUAL_GAIN, Goal, goal
 from finetune.runs import INTERPOLATED
@@ -164,8 +165,7 @@ def fit(
     """
     from finetune.checkpoints import Interrupted
 
-    if restart and ckpt_path:
-        raise ConfigError("ckpt_path: --restart begins anew; give one of the two")
+    check_start(config.out, ckpt_path, restart=restart)
     with _only_process(config.out), _quiet():
         if restart and _is_first_process():
             _forget(config.out)
@@ -225,20 +225,15 @@ def _start(out: Path, ckpt_path: str | None) -> Path | None:
     """The checkpoint to go on from; None: from the beginning. From another run's, its figures are taken along.
 
     Raises:
-        InputError: none where there should be one, or none that is whole.
+        InputError: none that is whole.
         ConfigError: another run's, but there is a run here.
     """
     from finetune.checkpoints import damage_of, newest_checkpoint
 
     folder = out / "checkpoints"
     if ckpt_path in (None, "last"):
-        found = newest_checkpoint(folder)
-        if ckpt_path and not found:
-            raise InputError(f"ckpt_path: {folder}: no checkpoint to go on from; leave --ckpt_path out to begin")
-        return found
+        return newest_checkpoint(folder)
     path = Path(ckpt_path)
-    if not path.is_file():
-        raise InputError(f"ckpt_path: {path}: no such file; expected last or the path of a checkpoint")
     if damage := damage_of(path):
         raise InputError(f"ckpt_path: {path} is damaged ({damage})")
     other = path.resolve().parent.parent

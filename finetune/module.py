@@ -117,13 +117,10 @@ class CLIPModule(lightning.LightningModule):
         """Make of the CLIP what is trained, and keep what it is held to."""
         factor = self.loss.logit_scale
         if self.loss.kind == "siglip" and self.model.logit_bias is None:
-            _give_bias(self.clip)
             factor = factor or SIGMOID_FACTOR
-        adapt(self.model, self.adapter)
+        make_trainable(self.clip, self.adapter, self.loss)
         prepare(self.model, self.compute)
         self._encode_packed = packed_encoder(self.compute)
-        if self.is_sigmoid:
-            self.model.logit_bias.requires_grad_(self.adapter.train_logit_scale)
         self.start = Start(self.model) if self.loss.holds_to_start else None
         if factor:
             self.model.logit_scale.data.fill_(math.log(factor))
@@ -131,9 +128,7 @@ class CLIPModule(lightning.LightningModule):
     @property
     def is_sigmoid(self) -> bool:
         """Whether the contrast is SigLIP's."""
-        if self.loss.kind == "auto":
-            return self.model.logit_bias is not None
-        return self.loss.kind == "siglip"
+        return _is_sigmoid(self.model, self.loss)
 
     # --- towers ---
 
@@ -375,6 +370,23 @@ def _random_is_meant() -> Iterator[None]:
         yield
     finally:
         root.removeFilter(other)
+
+
+def make_trainable(clip: Clip, adapter: AdapterConfig, loss: LossConfig) -> None:
+    """Make a CLIP, in place, ready to be trained as configured; with a `logit_bias` where SigLIP's loss needs one.
+
+    Raises:
+        ModelError: as `adapt`.
+    """
+    if loss.kind == "siglip" and clip.model.logit_bias is None:
+        _give_bias(clip)
+    adapt(clip.model, adapter)
+    if _is_sigmoid(clip.model, loss):
+        clip.model.logit_bias.requires_grad_(adapter.train_logit_scale)
+
+
+def _is_sigmoid(model: Any, loss: LossConfig) -> bool:
+    return model.logit_bias is not None if loss.kind == "auto" else loss.kind == "siglip"
 
 
 def _give_bias(clip: Clip) -> None:

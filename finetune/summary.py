@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from curate.clip import OPENAI_NAMES, Clip, load_clip
-from finetune.adapters import adapt
 from finetune.config import AdapterConfig, ClipConfig, ModelConfig
 from finetune.layers import Depths, block_of, tower_of
+from finetune.module import make_trainable
 from finetune.optim import Group, groups
 
 
@@ -66,7 +66,7 @@ def summarise(config: ModelConfig) -> Summary:
     """
     clip = _untrained(config.clip)
     image, caption = gflops(clip)
-    adapt(clip.model, _quick(config.adapter))
+    make_trainable(clip, _quick(config.adapter), config.loss)
     parts = _parts(clip.model)
     parameters = sum(part.parameters for part in parts)
     added, trained = sum(part.adapter for part in parts), sum(part.trained for part in parts)

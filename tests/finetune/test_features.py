@@ -71,7 +71,7 @@ def test_losses_are_those_of_a_run_that_computes_them_in_each_step(
 ):
     architecture = architectures["tiny-vit"]
     more = {"replay": 0.25}
-    off = config_of(tmp_path / "off" / "run", plain_dataset, architecture, lock, cache_features="off", **more)
+    off = config_of(tmp_path / "off" / "run", plain_dataset, architecture, lock, cache_features="never", **more)
     kept = config_of(tmp_path / "kept" / "run", plain_dataset, architecture, lock, **more)
     expected, decoded = losses(off), opened[0]
     found, opened[0] = losses(kept), opened[0] - decoded
@@ -119,7 +119,7 @@ def test_later_runs_take_what_is_there_and_nothing_that_is_not_the_same(plain_da
     [
         ("image", {"crop_scale": (0.9, 1.0)}, "data.crop_scale: [0.9, 1.0] shows it another crop each time"),
         ("text", {"templates": ["a {}", "the {}"]}, "one of several templates each time"),
-        ("image", {"cache_features": "off"}, "data.cache_features is off"),
+        ("image", {"cache_features": "never"}, "data.cache_features is never"),
     ],
 )
 def test_what_is_random_or_not_wanted_is_not_kept_and_told(

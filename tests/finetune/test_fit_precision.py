@@ -17,7 +17,7 @@ from finetune.config import AdapterConfig, EvaluateConfig, OptimizerConfig, Trai
 from finetune.data import CLIPDataModule
 from finetune.evaluate import Encoder
 from finetune.export import export
-from finetune.fit import fit
+from finetune.fit import _precision, fit
 from finetune.module import CLIPModule
 from finetune.runs import load_module
 from finetune.sets import evaluation_sets
@@ -44,6 +44,23 @@ def test_a_run_in_bfloat16_trains_evaluates_and_exports(dataset, architectures, 
         EvaluationCallback(EvaluateConfig(), config.data, tmp_path).evaluate(module, torch.device("cpu")).summary()
     )
     assert figures == after
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "has_gpu", "has_bfloat16", "expected"),
+    [
+        ("auto", True, True, "bf16-mixed"),
+        ("gpu", True, False, "32-true"),
+        ("cpu", True, True, "32-true"),
+        ("auto", False, False, "32-true"),
+    ],
+)
+def test_auto_is_mixed_bfloat16_on_a_gpu_that_has_it(monkeypatch, accelerator, has_gpu, has_bfloat16, expected):
+    """What the device can is put here in place of a GPU: the choice is what is tested."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    assert _precision(TrainerConfig(max_steps=1, accelerator=accelerator)) == expected
+    assert _precision(TrainerConfig(max_steps=1, accelerator=accelerator, precision="16-mixed")) == "16-mixed"
 
 
 def test_embeddings_of_half_precision_weights_are_normalised_in_float32(dataset, architectures):

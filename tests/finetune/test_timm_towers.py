@@ -1,17 +1,24 @@
-"""timm's image towers that are no plain ViT, in small: MobileCLIP's FastViT and EVA, every way to adapt them."""
+"""Towers that open_clip takes from others, in small, every way to adapt them.
+
+timm's image towers that are no plain ViT (MobileCLIP's FastViT, EVA), and Hugging Face's text encoders.
+"""
 
 from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import RobertaConfig
 
 from curate.clip import rebuild
 from curate.errors import ModelError
-from finetune.adapters import adapt
+from finetune.adapters import adapt, open_projections, save_adapter
+from finetune.attention import split_attention
 from finetune.compute import prepare
 from finetune.config import AdapterConfig, ComputeConfig
 from finetune.summary import gflops
@@ -78,6 +85,86 @@ def test_lora_reaches_every_layer_that_a_target_names_and_is_merged(tower):
     plain.load_state_dict(plain_state_dict(model))
     for merged, ours in zip(see_and_read(plain), (image, text), strict=True):
         torch.testing.assert_close(merged, ours, rtol=0, atol=1e-5)
+
+
+def loaded_by_peft(fresh: nn.Module, folder: Path) -> nn.Module:
+    """A CLIP as training started from it, with an adapter put on it by peft alone."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    split_attention(fresh)
+    open_projections(fresh)
+    inject_adapter_in_model(LoraConfig.from_pretrained(str(folder)), fresh)
+    set_peft_model_state_dict(fresh, load_file(folder / "adapter_model.safetensors"))
+    return fresh.eval()
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """As after some training."""
+    random = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=random))
+    return model
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_saved_adapter_loads_in_plain_peft(tower, tmp_path):
+    model = build(tower)
+    adapt(model, AdapterConfig(rank=2, targets=["q", "k", "v", "out", "fc", "proj", "projection"]))
+    save_adapter(moved(model), tmp_path)
+    for theirs, ours in zip(see_and_read(loaded_by_peft(build(tower), tmp_path)), see_and_read(model), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
+
+
+def build_multilingual(folder: Path) -> nn.Module:
+    """open_clip's roberta-ViT-B-32 in small."""
+    encoder = {"vocab_size": 1000, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    RobertaConfig(**encoder, intermediate_size=48, max_position_embeddings=20).save_pretrained(folder)
+    text = {"hf_model_name": str(folder), "hf_proj_type": "linear", "hf_pooler_type": "mean_pooler"}
+    vision = {"image_size": 64, "layers": 1, "width": 32, "head_width": 16, "patch_size": 32}
+    torch.manual_seed(0)
+    return rebuild("roberta", {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}, {}).model.eval()
+
+
+def test_lora_reaches_a_text_encoder_of_hugging_face(tmp_path, caplog):
+    plain, model = build_multilingual(tmp_path), build_multilingual(tmp_path)
+    before = see_and_read(model)
+    with caplog.at_level(logging.WARNING, "cliptailor"):
+        adapt(model, AdapterConfig(rank=2, targets=["q", "k", "v", "out", "fc", "proj", "projection"]))
+    assert not caplog.records
+    for ours, theirs in zip(see_and_read(model), before, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    image, text = see_and_read(moved(model))
+    (image * text).square().sum().backward()
+    factors = {name: p for name, p in model.named_parameters() if "lora_B" in name}
+    assert [name for name, factor in factors.items() if not factor.grad.any()] == []
+    layers = {"self.query", "self.key", "self.value", "attention.output.dense", "intermediate.dense", "text.proj"}
+    reached = {name.split(".lora_B")[0] for name in factors if name.startswith("text.")}
+    assert len(reached) == 2 * 6 + 1
+    assert all(any(name.endswith(layer) for name in reached) for layer in layers)
+    save_adapter(model, tmp_path / "adapter")
+    for theirs, ours in zip(see_and_read(loaded_by_peft(plain, tmp_path / "adapter")), (image, text), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
+    merged = build_multilingual(tmp_path)
+    merged.load_state_dict(plain_state_dict(model))
+    for theirs, ours in zip(see_and_read(merged), (image, text), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "bias", "last", "probe"])
+def test_each_kind_finds_its_weights_in_a_text_encoder_of_hugging_face(kind, tmp_path):
+    model = build_multilingual(tmp_path)
+    adapt(model, AdapterConfig(kind=kind))
+    image, text = see_and_read(model)
+    (model.logit_scale.exp() * (image * text).square().sum()).backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert any(name.startswith("text.") for name in trained)
+    still = {name for name, p in trained.items() if p.grad is None or p.grad.abs().max() < 1e-12}
+    assert [name for name in still if "k_proj.bias" not in name and "self.key.bias" not in name] == []
+    if kind == "last":
+        assert {name.split(".")[4] for name in trained if ".encoder.layer." in name} == {"1"}
+    if kind == "bias":
+        assert not any(name.endswith("self.key.bias") for name in trained)
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,13 @@ TYPES = [
     kind("evaluate.retrieval.flowers", 3, "a path"),
     case("evaluate.zero_shot.a", {"images": "colours", "template": []}, "no key 'evaluate.zero_shot.a.template'"),
     kind("seed_everything", "random", "a whole number"),
+    kind("data.decode", "pillow", "one of fast, exact"),
+    kind("data.batches", "sorted", "one of shuffled, without_twins, by_length, hard_negatives"),
+    kind("data.cache_features", False, "one of auto, never"),
+    kind("data.max_broken", "1 %", "a number"),
+    kind("data.sources", "dataset", "a list, each keys (path, weight, where, templates, image, caption)"),
+    typo("data.cach_features", "data.cache_features", "never"),
+    typo("data.batch", "data.batches", "by_length"),
 ]
 BOUNDS = [
     case("model.optimizer.lr", -1.0, "model.optimizer.lr: expected above 0, got -1.0"),
@@ -175,6 +182,9 @@ BOUNDS = [
     case("data.replay", 1.0, "data.replay: expected a share"),
     case("data.crop_scale", [0.0, 1.0], "data.crop_scale: expected above 0 to 1, got 0.0"),
     case("data.crop_scale", [1.0, 0.5], "data.crop_scale: expected [smallest, largest]"),
+    case("data.max_broken", 1.0, "data.max_broken: expected 0 to below 1, got 1.0"),
+    case("data.max_broken", -0.1, "data.max_broken: expected 0 to below 1, got -0.1"),
+    case("data.sources", [{"path": "dataset", "weight": 0}], "data.sources[0].weight: expected above 0"),
     case("evaluate.max_retrieval", 0, "evaluate.max_retrieval: expected at least 2"),
     case("checkpoint_every_n_steps", 0, "checkpoint_every_n_steps: expected at least 1"),
     case("seed_everything", -1, "seed_everything: expected 0 to "),
@@ -220,6 +230,7 @@ TOGETHER = [
 MISSING = [
     case("data.dataset", "datset", "data.dataset: datset: no such folder; expected a dataset"),
     case("data.dataset", "empty", "data.dataset: empty: an empty folder; expected a dataset"),
+    case("data.sources", [{"path": "nowhere"}], "data.sources[0].path: nowhere: no such folder"),
     case("data.replay_dataset", "nowhere", "data.replay_dataset: nowhere: no such", data__replay=0.5),
     case("evaluate.retrieval.flowers", "nowhere", "evaluate.retrieval.flowers: nowhere: no such folder"),
     case(
@@ -265,6 +276,12 @@ FLAGS = [
     case(None, None, "notes.txt:1: the file: expected keys (", flags="--config notes.txt"),
     case(None, None, "--out: expected one argument", flags="--out"),
     case(None, None, "no key 'dryrun'", flags="--dryrun"),
+    case(None, None, "no key 'continue_change'", flags="--continue_change"),
+    case(None, None, "no key 'profiles'", flags="--profiles"),
+    case(None, None, "ckpt_path: gone.ckpt: no such file; expected last or the path", flags="--ckpt_path gone.ckpt"),
+    case(None, None, "ckpt_path: run/checkpoints: no checkpoint to go on from", flags="--ckpt_path last"),
+    case(None, None, "ckpt_path: --restart begins anew", flags="--ckpt_path last --restart"),
+    case(None, None, "--ckpt_path: expected one argument", flags="--ckpt_path"),
 ]
 CASES = [*TYPOS, *NOT_HERE, *TYPES, *BOUNDS, *TOGETHER, *MISSING, *FLAGS]
 
