@@ -84,7 +84,14 @@ def _new_folder(to: Path, *, overwrite: bool) -> Iterator[Path]:
         yield new
         if to.exists():
             to.replace(old)
-        new.replace(to)
+        try:
+            new.replace(to)
+        except OSError:
+            if old.exists():
+                old.replace(to)
+            raise
     finally:
         for leftover in (new, old):
+            if leftover.is_file():
+                leftover.unlink()
             shutil.rmtree(leftover, ignore_errors=True)

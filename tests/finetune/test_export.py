@@ -297,6 +297,29 @@ def test_nothing_is_written_over_without_a_word(adapted, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["exported"]
 
 
+def test_what_was_there_comes_back_if_the_new_folder_cannot_take_its_place(tmp_path):
+    from finetune.export import _new_folder
+
+    out = tmp_path / "exported"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(FileNotFoundError), _new_folder(out, overwrite=True) as new:
+        new.rename(tmp_path / "gone")
+    assert (out / "mine.txt").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"exported", "gone"}
+
+
+def test_a_file_in_the_folders_place_is_replaced_without_a_trace(tmp_path):
+    from finetune.export import _new_folder
+
+    out = tmp_path / "exported"
+    out.write_text("mine")
+    with _new_folder(out, overwrite=True) as new:
+        (new / "ours.txt").write_text("ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["exported"]
+    assert (out / "ours.txt").is_file()
+
+
 def test_the_checkpoint_can_be_chosen(tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()

@@ -191,6 +191,8 @@ def test_a_run_of_ours_is_loaded_with_its_lora_merged(dataset, architectures, tm
     model, preprocess = clip.load(config.out, device="cpu")
     plain = load_trained_clip(checkpoint_of(config.out), "cpu")
     assert model.state_dict().keys() == plain.model.state_dict().keys()
+    parts = {type(part).__module__ for part in (*model.visual.modules(), *model.transformer.modules())}
+    assert not [module for module in parts if module.startswith(("finetune", "peft"))]  # open_clip's own towers
     with torch.no_grad():
         features = model.encode_image(preprocess(photo()).unsqueeze(0))
     assert torch.equal(torch.nn.functional.normalize(features, dim=-1), plain.embed_images([photo()]))
