@@ -4,3 +4,5 @@ import os
 
 # All of Ray stays on 127.0.0.1. Ray reads this when it is first imported, which may be long before a test of Ray's.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+# No model hub either: nobody listens there. A test of hubs gives the address of its own.
+os.environ.setdefault("HF_ENDPOINT", "http://127.0.0.1:9")
