@@ -88,7 +88,16 @@ def test_a_folder_as_it_was_made_is_sound_without_raw_and_read_only(out: Path) -
     assert found.bytes == sum(entry["bytes"] for entry in manifest["files"].values())
     assert "checked" in asked("verify", out)
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        [".report", "README.md", "croissant.json", "ledger.parquet", "manifest.json", "report.html", "report.json", "shards"]
+        [
+            ".report",
+            "README.md",
+            "croissant.json",
+            "ledger.parquet",
+            "manifest.json",
+            "report.html",
+            "report.json",
+            "shards",
+        ]
     )
 
 

@@ -218,7 +218,9 @@ def test_what_cannot_be_loaded_is_one_clear_line(tmp_path):
         clip.load("ViT-B/32", jit=True)
     with pytest.raises(ModelError, match=r"runs/a/nowhere: no such file, folder or CLIP with weights; expected a run"):
         clip.load("runs/a/nowhere")
-    with pytest.raises(ModelError, match=r"runs/nowhere: no such folder here, and as an id of the hub: not in the cache"):
+    with pytest.raises(
+        ModelError, match=r"runs/nowhere: no such folder here, and as an id of the hub: not in the cache"
+    ):
         clip.load("runs/nowhere")
     with pytest.raises(ModelError, match=r"Did you mean 'ViT-B/32'\?"):
         clip.load("ViT-B/31")
