@@ -1,48 +1,43 @@
-"""Batches of pixels and tokens from a dataset's shards: exact epochs in a seeded order, resumable at any batch.
+"""What `finetune fit` trains on: a dataset's splits and sources, as loaders for the CLIP that is trained.
 
-What a batch holds is decided in finetune/schedule.py; here it is read, decoded and augmented, seeded by (seed, pass,
-sample), so that nothing depends on how many processes decode.
+Which samples are in which batch is decided in finetune/schedule.py and batches.py; finetune/reading.py reads them.
 
-Axes: B samples, H W pixels, L tokens, G ids per sample.
+Axes: B samples, N rows of an index.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from PIL import UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from curate.clip import Clip
 from curate.errors import ConfigError, InputError
-from curate.shards import Facts, MemberReader, SampleIndex, digest, fingerprint, shard_folder, shards_of
+from curate.shards import SampleIndex, digest, fingerprint, shard_folder, shards_of
 from finetune.adapters import is_locked
 from finetune.batches import Arrangement, caption_sizes, clusters, stored_embeddings, twin_groups
-from finetune.captions import CachedTokenizer, content_hash
 from finetune.config import SHARDED, TOWERS, DataConfig
-from finetune.features import UNREAD, Features, Saved, compute, key_of, room_for, why_not
+from finetune.features import Features, Saved, compute, key_of, room_for, why_not
+from finetune.loaders import TrainingLoader, ValidationLoader, going_on, load
 from finetune.optim import total_steps
 from finetune.packing import Packer, packer_of
-from finetune.pixels import UNREADABLE, EvaluationView, TrainingView
+from finetune.pixels import EvaluationView, TrainingView
+from finetune.reading import OneTower, PairDataset
 from finetune.schedule import Draw, Origin, Schedule
 from finetune.sources import (
     CaptionLengths,
     caption_lengths,
     concatenate,
-    drawn_caption,
     sources_fingerprint,
     split_pairs,
     training_set,
@@ -51,320 +46,6 @@ from finetune.start import evaluating
 from finetune.trimming import Trim, trim_of
 
 logger = logging.getLogger("cliptailor")
-
-Batch = dict[str, Any]
-"""pixels (B, 3, H, W), uint8, or float32 if normalised; tokens (B, L) int64; group (B, G) int64, for
-`losses.positives`; row (B,) of the index; packed: the captions in rows (finetune/packing.py), where that is shorter.
-In place of pixels, or of tokens, image or text (B, D), the embeddings of a locked tower (finetune/features.py)."""
-
-# The stream of random numbers of what stands in for a sample is apart from those of its crop and caption.
-_OF_STAND_INS = 3
-_ATTEMPTS = 20  # to find one that can be read
-
-
-# --- one batch --------------------------------------------------------------------------------------------------------
-
-
-class Broken(NamedTuple):
-    """A sample that could not be read, and why: names its file and key."""
-
-    row: int
-    reason: str
-
-
-class Read(NamedTuple):
-    """A batch, or what one tower sees of it with its ids, and the samples that should have been in it."""
-
-    batch: Any
-    broken: list[Broken]
-
-
-def _stacked(pixels: Sequence[Tensor]) -> Tensor:
-    """(B, 3, H, W), with the channels last in memory where they are last in what is stacked."""
-    if pixels[0].is_contiguous():
-        return torch.stack([*pixels])
-    return torch.stack([each.permute(1, 2, 0) for each in pixels]).permute(0, 3, 1, 2)
-
-
-@dataclass
-class PairDataset(Dataset[Read]):
-    """Whole batches by `Draw`s.
-
-    For a sample that cannot be read another of its source stands in, chosen by (seed, pass, row): batches keep their
-    size, which ranks must have in common, and are the same in every process and after a resume.
-    """
-
-    index: SampleIndex
-    view: TrainingView | EvaluationView
-    tokenizer: Callable[[Sequence[str]], Tensor]
-    seed: int = 0
-    templates: Sequence[Sequence[str]] = ()
-    """Of each source: for captions that are labels."""
-    trim: Trim | None = None
-    """What cuts captions behind their ends."""
-    pack: Packer | None = None
-    """What puts captions into rows."""
-    cached: Features | None = None
-    """Embeddings of a locked tower, in place of what it would see."""
-    reader: MemberReader = field(init=False)
-    named: set[int] = field(init=False, default_factory=set)
-    """Rows of broken samples that have been told of."""
-
-    def __post_init__(self) -> None:
-        self.reader = MemberReader(self.index.tars)
-        self._facts, self._sources = Facts(self.index, self.reader), self.index.table["source"]
-        phrasings = max((len(each) for each in self.templates), default=0) or 1
-        self._tokenize = CachedTokenizer(self.tokenizer, len(self.index) * phrasings)
-        # Where each source begins, and the last ends: their rows lie side by side.
-        runs = pc.run_end_encode(self._sources.combine_chunks())
-        self._borders = np.concatenate([[0], runs.run_ends.to_numpy()])
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitems__(self, draws: Sequence[Draw]) -> Read | InputError:
-        """The batch of these samples; an error if nothing readable is found to stand in for one."""
-        broken: list[Broken] = []
-        try:
-            read, images, shown = self.images(draws, broken)
-        except InputError as error:
-            return error
-        texts, said = self.texts(read)
-        rows = [draw.row for draw in read]
-        group = torch.tensor([*zip(said, map(self._duplicates, rows), shown, strict=True)])
-        return Read({**images, **texts, "group": group, "row": torch.tensor(rows)}, broken)
-
-    def images(self, draws: Sequence[Draw], broken: list[Broken]) -> tuple[list[Draw], Batch, list[int]]:
-        """These samples or those that stand in for them, what the CLIP sees of them, and an id of each stored image.
-
-        Args:
-            draws: the samples.
-            broken: gets those that cannot be read.
-
-        Raises:
-            InputError: nothing readable is found to stand in for one.
-        """
-        read, seen, ids = zip(*(self._readable(draw, broken) for draw in draws), strict=True)
-        return list(read), {"image" if self._keeps("image") else "pixels": _stacked(seen)}, list(ids)
-
-    def texts(self, draws: Sequence[Draw]) -> tuple[Batch, list[int]]:
-        """What is said of samples, and an id of each text, as the text tower reads it."""
-        if self.cached and self._keeps("text"):
-            embeddings, ids = self.cached.read([draw.row for draw in draws])
-            return {"text": embeddings}, ids
-        tokens, said = self._tokenize([self._caption(draw) for draw in draws])
-        seen = self.trim(tokens) if self.trim else tokens
-        packed = self.pack(seen) if self.pack else None
-        return {"tokens": seen} | ({"packed": packed} if packed else {}), said
-
-    def _keeps(self, tower: str) -> bool:
-        return self.cached is not None and self.cached.tower == tower
-
-    def _caption(self, draw: Draw) -> str:
-        source = self._sources[draw.row].as_py()
-        templates = self.templates[source] if source is not None and self.templates else ()
-        return drawn_caption(self._facts.captions(draw.row), templates, (self.seed, draw.turn, draw.row))
-
-    def _readable(self, draw: Draw, broken: list[Broken]) -> tuple[Draw, Tensor, int]:
-        """This sample or one that stands in for it, what is seen of it and the id of its image; adds what is broken."""
-        stand_ins = (self._stand_in(draw, attempt) for attempt in range(_ATTEMPTS))
-        for row in itertools.chain([draw.row], stand_ins):
-            stand_in = Draw(row, draw.turn)
-            found = self._kept(stand_in) if self._keeps("image") else self._pixels(stand_in)
-            if not isinstance(found, Broken):
-                return stand_in, *found
-            broken.append(found)
-        raise InputError(f"{broken[-1].reason}; nor can any other of {_ATTEMPTS}; build or copy the dataset again")
-
-    def _stand_in(self, draw: Draw, attempt: int) -> int:
-        """Any row of the same source."""
-        source = int(np.searchsorted(self._borders, draw.row, side="right"))
-        random = np.random.default_rng((self.seed, draw.turn, draw.row, _OF_STAND_INS, attempt))
-        return int(random.integers(*self._borders[source - 1 : source + 1]))
-
-    def _pixels(self, draw: Draw) -> tuple[Tensor, int] | Broken:
-        """What the CLIP sees, and an id of the stored image: one that is there twice is a positive of both captions."""
-        tar, offset, size = self._facts.place(draw.row)
-        try:
-            content = self.reader.read(tar, offset, size)
-            pixels = self.view(content, (self.seed, draw.turn, draw.row))
-        except (*UNREADABLE, InputError) as error:
-            # PIL's own words for bytes of no format are the address of our buffer.
-            why = "of no known format" if isinstance(error, UnidentifiedImageError) else error
-            sample = f"{self.index.tars[tar]}: sample {self._facts.key(draw.row)}"
-            return Broken(draw.row, f"{sample}: the image cannot be decoded ({why})")
-        return pixels, len(content) << 32 | zlib.crc32(content)
-
-    def _kept(self, draw: Draw) -> tuple[Tensor, int] | Broken:
-        """Its embedding in place of its pixels."""
-        assert self.cached is not None
-        embedding, (image,) = self.cached.read([draw.row])
-        if image == UNREAD:
-            tar, _, _ = self._facts.place(draw.row)
-            return Broken(draw.row, f"{self.index.tars[tar]}: sample {self._facts.key(draw.row)} could not be decoded")
-        return embedding[0], image
-
-    def _duplicates(self, row: int) -> int:
-        """An id of the duplicates that a sample belongs to."""
-        return content_hash((self._facts.group(row) or f"row {row}").encode())
-
-
-# --- loaders ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Seen(Dataset[Any]):
-    """What one tower sees of samples, and their ids."""
-
-    dataset: PairDataset
-    tower: str
-
-    @property
-    def named(self) -> set[int]:
-        """As the dataset's."""
-        return self.dataset.named
-
-    def __getitems__(self, draws: Sequence[Draw]) -> Read | InputError:
-        if self.tower == "text":
-            return Read(self.dataset.texts(draws), [])
-        broken: list[Broken] = []
-        try:
-            read, images, ids = self.dataset.images(draws, broken)
-        except InputError as error:
-            return error
-        # What stands in for a sample is drawn anew each time: of one that cannot be read that alone is kept.
-        kept = [image if draw == other else UNREAD for draw, other, image in zip(draws, read, ids, strict=True)]
-        return Read((images, kept), broken)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-
-def _same(batch: Any) -> Any:
-    return batch
-
-
-def _load(
-    dataset: PairDataset | _Seen, batches: Iterable[Sequence[Draw]], num_workers: int, most_broken: float = 0
-) -> Iterator[Any]:
-    """Yield each batch, decoded in worker processes.
-
-    Raises:
-        InputError: more images than `most_broken` cannot be read.
-    """
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of index lists will do
-        num_workers=num_workers,
-        collate_fn=_same,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else each start of the loader would draw from the global one
-    )
-    num_broken = 0
-    for read in loader:
-        if isinstance(read, InputError):
-            raise read
-        for row, reason in read.broken:
-            num_broken += 1
-            if num_broken > most_broken:
-                more = (
-                    f"; it is number {num_broken:,} in an epoch, more than data.max_broken allows"
-                    if most_broken
-                    else ""
-                )
-                raise InputError(f"{reason}{more}; build or copy the dataset again")
-            if row not in dataset.named:
-                dataset.named.add(row)
-                logger.warning("data    %s; another sample stands in for it (%s so far)", reason, f"{num_broken:,}")
-        yield read.batch
-
-
-class TrainingLoader:
-    """Iterating gives the rest of the current epoch; the state is the place of the next batch.
-
-    The length is that of the current epoch, of which a part may have been seen in batches of another size; without a
-    length Lightning would fetch, and count, a batch ahead.
-
-    Args:
-        dataset: the samples.
-        schedule: which of them come when.
-        num_workers: processes that decode.
-        made_from: changes with the samples and the seed.
-        max_broken: share of an epoch's samples that may be unreadable.
-        passes_over: states of other samples, instead of refusing them.
-    """
-
-    def __init__(
-        self,
-        dataset: PairDataset,
-        schedule: Schedule,
-        num_workers: int,
-        made_from: str,
-        max_broken: float = 0.0,
-        *,
-        passes_over: bool = False,
-    ) -> None:
-        self.dataset, self.schedule, self.num_workers, self.made_from = dataset, schedule, num_workers, made_from
-        self.max_broken, self.passes_over = max_broken, passes_over
-        self.epoch = self.next_batch = 0
-
-    def __len__(self) -> int:
-        return self.schedule.batches(self.epoch)
-
-    def __iter__(self) -> Iterator[Batch]:
-        epoch, first = self.epoch, self.next_batch
-        draws = (self.schedule.batch(epoch, number) for number in range(first, len(self)))
-        most_broken = self.max_broken * self.schedule.batch_size * len(self)
-        for number, batch in enumerate(_load(self.dataset, draws, self.num_workers, most_broken), start=first + 1):
-            # Before it is handed out: a checkpoint taken while it is in use counts it as seen.
-            self.epoch, self.next_batch = self.schedule.after(epoch, number)
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where to go on, in which data, and in batches of what size the place is told."""
-        return {
-            "epoch": self.epoch,
-            "next_batch": self.next_batch,
-            "since": list(self.schedule.since),
-            "manner": self.schedule.manner,
-            "made_from": self.made_from,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a checkpoint was taken; with batches of another size or other ranks, at the same sample.
-
-        Raises:
-            InputError: it was taken over other data.
-        """
-        if state["made_from"] != self.made_from:
-            if self.passes_over:
-                return
-            raise InputError(
-                "the checkpoint was made with other training samples or another seed: its position means nothing here"
-            )
-        self.schedule = going_on(self.schedule, state)
-        self.epoch, self.next_batch = state["epoch"], state["next_batch"]
-
-
-def going_on(schedule: Schedule, state: dict[str, Any]) -> Schedule:
-    """A schedule that goes on from the state of a loader."""
-    return schedule.going_on(Origin(*state["since"]), state["manner"], state["epoch"], state["next_batch"])
-
-
-class ValidationLoader:
-    """The same batches, in the order of the index, each time."""
-
-    def __init__(self, dataset: PairDataset, batches: list[list[Draw]], num_workers: int) -> None:
-        self.dataset, self.batches, self.num_workers = dataset, batches, num_workers
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return _load(self.dataset, self.batches, self.num_workers)
-
-
-# --- datasets ---------------------------------------------------------------------------------------------------------
 
 
 def has_split(dataset: Path, split: str) -> bool:
@@ -622,9 +303,9 @@ class CLIPDataModule(lightning.LightningDataModule):
         def batches(rows: range) -> Iterator[tuple[Tensor, Sequence[int]]]:
             size = self.config.eval_batch_size
             draws = [[Draw(row, 0) for row in rows[start : start + size]] for start in range(0, len(rows), size)]
-            seen: Any = _Seen(dataset, features.tower)
+            seen: Any = OneTower(dataset, features.tower)
             with torch.no_grad(), evaluating(module), trainer.precision_plugin.forward_context():
-                for batch, ids in _load(seen, draws, self.config.num_workers, self.config.max_broken * len(dataset)):
+                for batch, ids in load(seen, draws, self.config.num_workers, self.config.max_broken * len(dataset)):
                     yield module.embed_locked(features.tower, batch), ids
 
         world_size, rank = self._world()

@@ -48,7 +48,7 @@ from finetune.start import Start, evaluating
 from finetune.trimming import encode_text
 
 Batch = dict[str, Any]
-"""finetune/data.py; and `packed`, its captions in rows (finetune/packing.py)."""
+"""finetune/reading.py; `packed`: its captions in rows (finetune/packing.py)."""
 Pair = tuple[Tensor, Tensor]
 """Embeddings (B, D) of images and of their captions, L2-normalised."""
 Config = TypeVar("Config", ClipConfig, AdapterConfig, LossConfig, OptimizerConfig, ComputeConfig)
@@ -189,7 +189,7 @@ class CLIPModule(lightning.LightningModule):
         return tokens if packed is None else packed
 
     def embed(self, batch: Batch) -> Pair:
-        """Embeddings of a batch (finetune/data.py), with gradient."""
+        """Embeddings of a batch (finetune/reading.py), with gradient."""
         return _whole(self(batch.get("pixels"), self._packed(batch)), batch)
 
     @torch.no_grad()
@@ -265,7 +265,7 @@ class CLIPModule(lightning.LightningModule):
         """The contrast of a batch alone, without what holds the CLIP to its start.
 
         Args:
-            batch: pixels, tokens and, for several positives, group (finetune/data.py).
+            batch: pixels, tokens and, for several positives, group (finetune/reading.py).
             gather: as for `losses`.
         """
         return self.losses(self.embed(batch), self._group(batch), gather=gather)["contrastive"]

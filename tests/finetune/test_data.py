@@ -20,11 +20,11 @@ from curate.shards import ShardWriter, read_index
 from finetune.config import DataConfig, SourceConfig
 from finetune.data import (
     CLIPDataModule,
-    PairDataset,
     data_fingerprint,
     has_split,
 )
 from finetune.pixels import EvaluationView
+from finetune.reading import PairDataset
 from finetune.schedule import KEPT, Draw, Schedule, permutation, shuffled
 from finetune.sources import concatenate, split_pairs
 from tests.finetune import tiny

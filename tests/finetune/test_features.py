@@ -17,9 +17,9 @@ from curate.errors import InputError
 from curate.shards import read_index
 from finetune import features
 from finetune.config import AdapterConfig, DataConfig, FitConfig, LossConfig, SourceConfig, TrainerConfig
-from finetune.data import EvaluationView
 from finetune.features import Features, compute
 from finetune.fit import FEATURES, fit, plan
+from finetune.pixels import EvaluationView
 from finetune.plan import rows
 from tests.finetune import tiny
 from tests.finetune.fitted import tiny_config
