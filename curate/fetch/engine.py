@@ -151,7 +151,11 @@ class Engine:
         self.robots = Robots(robots_path, self._read_robots, FIRST_ROBOTS_PAUSE * config.backoff_s)
         guard = Guard.allowing(config.allow_addresses)
         self.watch: Watch[tuple[Errand, TransferError]] = Watch(
-            lambda address: reach(address, guard, config.connect_timeout_s), config.outage_s, self._stand, self._again
+            lambda address: reach(address, guard, config.connect_timeout_s),
+            config.outage_s,
+            self._stand,
+            self._again,
+            waiting=lambda: map(_address, self.frontier.targets()),
         )
         self.shards: dict[int, Shard] = {}
         self._files = Budget(BODIES_BYTES)

@@ -98,6 +98,10 @@ class Frontier:
         """Whether no errand could go now or soon, but for retries that wait out their back-off."""
         return not self._queues
 
+    def targets(self) -> list[URL]:
+        """What would be asked next, of each host."""
+        return [queue[0].target for queue in self._queues.values()]
+
     def has(self, host: str) -> bool:
         """Whether errands of a host are in its queue."""
         return host in self._queues

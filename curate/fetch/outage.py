@@ -6,8 +6,8 @@ without an answer between them, or nothing else is left to do, a probe decides: 
 that answered before. If one can be reached, the failures stand. If none can, the run pauses and probes on; when a probe
 gets through, what had failed is asked again as if it had not been tried; after `outage_s` seconds the run ends.
 
-Before anything has answered there is nobody to probe but those that fail: a few hosts that are all dead are taken for
-dead, many at once for an outage.
+Before anything has answered there is nobody to probe but those that failed and those whose turn has not come, some of
+them each time: a few hosts that are all dead are taken for dead, many at once for an outage.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Watch(Generic[E]):
         outage_s: how long to wait for the network.
         stand: called with errands whose failure is their own.
         again: called with errands that failed in an outage.
+        waiting: the hosts that are still to be asked.
     """
 
     def __init__(
@@ -48,15 +49,16 @@ class Watch(Generic[E]):
         outage_s: float,
         stand: Callable[[Iterable[E]], None],
         again: Callable[[Iterable[E]], None],
+        waiting: Callable[[], Iterable[Address]] = tuple,
     ) -> None:
-        self._reach, self._outage_s, self._stand, self._again = reach, outage_s, stand, again
+        self._reach, self._outage_s, self._stand, self._again, self._waiting = reach, outage_s, stand, again, waiting
         self._held: list[E] = []
         self._failed: OrderedDict[Address, str] = OrderedDict()
         self._witnesses: OrderedDict[Address, None] = OrderedDict()
         self._running = asyncio.Event()
         self._running.set()
         self._since: float | None = None
-        self._answers = 0
+        self._answers, self._probes = 0, 0
 
     @property
     def paused_s(self) -> float:
@@ -135,9 +137,8 @@ class Watch(Generic[E]):
         return f"{host[0]}: {why}; {len(self._failed):,} hosts"
 
     async def _probe(self) -> bool:
-        """Whether any host that answered before, or else any that failed, can be reached."""
-        asked = list(self._witnesses) or list(self._failed)[-WITNESSES:]
-        tries = [asyncio.ensure_future(self._reach(address)) for address in asked]
+        """Whether any host that answered before can be reached, or else any of the others."""
+        tries = [asyncio.ensure_future(self._reach(address)) for address in self._witnesses or self._strangers()]
         try:
             for finished in asyncio.as_completed(tries):
                 try:
@@ -150,6 +151,13 @@ class Watch(Generic[E]):
             for attempt in tries:
                 attempt.cancel()
             await asyncio.gather(*tries, return_exceptions=True)
+
+    def _strangers(self) -> list[Address]:
+        """As many hosts that never answered as there are witnesses at most; the next ones each time."""
+        known = list(dict.fromkeys((*self._failed, *self._waiting())))
+        first = self._probes * WITNESSES % len(known)
+        self._probes += 1
+        return (known[first:] + known[:first])[:WITNESSES]
 
     def _release(self, to: Callable[[Iterable[E]], None]) -> None:
         held, self._held = self._held, []

@@ -106,6 +106,14 @@ def test_many_dead_hosts_among_living_ones_stand_as_their_own_fault(server, tmp_
     assert {row["reason"] for row in rows[5:]} == {"connect"}
 
 
+def test_dead_hosts_at_the_head_of_a_list_do_not_hide_the_living_ones_behind_them(server, tmp_path):
+    dead, _ = nowhere(60)
+    good = [server.add(f"/{n}.jpg", page(jpeg(n))) for n in range(5)]
+    rows = fetch_here(tmp_path, [*dead, *good], impatient(outage_s=60.0, connections=20))
+    assert {row["reason"] for row in rows[:60]} == {"connect"}
+    assert [row["status"] for row in rows[60:]] == ["success"] * 5
+
+
 def test_when_nothing_can_be_reached_the_run_ends_and_nothing_is_marked_as_done(tmp_path):
     urls, _ = nowhere(40)
     write_plan(tmp_path, urls)

@@ -139,3 +139,25 @@ def test_an_answer_to_what_was_in_flight_ends_the_doubt(probes, monkeypatch):
     asyncio.run(story())
     assert (stood, again, len(asked)) == (list(range(30)), [], probes)
     assert watch.paused_s == 0
+
+
+def test_where_nothing_has_answered_every_host_is_probed_in_its_turn(monkeypatch):
+    """Those that failed, however many failed since, and those that are still to be asked."""
+    monkeypatch.setattr(outage, "FIRST_PAUSE_S", 0.01)
+
+    async def found(alive):
+        again = []
+
+        async def reach(address):
+            if address[0] != alive:
+                raise OSError("no")
+
+        waiting = [(f"waiting{number}", 80) for number in range(40)]
+        watch = outage.Watch(reach, 1.0, again.extend, again.extend, waiting=lambda: waiting)
+        for number in range(40):
+            watch.failed(number, (f"failed{number}", 80), "connect")
+        await asyncio.wait_for(watch.decide(), 5)
+        return again
+
+    for alive in ("failed0", "failed20", "failed39", "waiting39"):
+        assert asyncio.run(found(alive)) == list(range(40)), alive
