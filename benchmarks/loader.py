@@ -53,7 +53,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
-from curate.shards import MemberReader, ShardWriter, read_index, shard_name  # noqa: E402
+from curate.index import MemberReader, read_index  # noqa: E402
+from curate.shards import ShardWriter, shard_name  # noqa: E402
 
 SIZE, BATCH, SCALE, SHARD = 224, 64, (0.9, 1.0), 128
 SIZES = ((500, 375), (500, 375), (375, 500))

@@ -33,18 +33,10 @@ from curate.database import (
     seeded,
 )
 from curate.errors import InputError
+from curate.files import digest, fingerprint, made_from, sweep
+from curate.index import MemberReader
 from curate.progress import progress
-from curate.shards import (
-    OFFSET_COLUMNS,
-    SPLITS,
-    MemberReader,
-    ShardWriter,
-    digest,
-    fingerprint,
-    made_from,
-    shard_name,
-    sweep,
-)
+from curate.shards import OFFSET_COLUMNS, SPLITS, ShardWriter, shard_name
 from curate.signals import beside, files_of, groups_there
 
 if TYPE_CHECKING:

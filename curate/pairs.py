@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from curate.database import arrow_table, column_types, connect, quoted
 from curate.errors import ConfigError, InputError, did_you_mean
 from curate.expressions import readable, scalar_expression
+from curate.index import SampleIndex, read_index, read_places
 from curate.lists import CAPTION_NAMES, readable_list, reader
-from curate.shards import SampleIndex, read_index, read_places, shard_folder, shards_of
+from curate.shards import shard_folder, shards_of
 from curate.sources import find
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def read_pairs(path: Path, wanted: Wanted, split: str = "train") -> SampleIndex:
     Returns:
         Its table has `tar` (index into the files), `key`, `captions` (list of texts, may be empty), `image_offset`,
         `image_size` and `duplicate_group` (text or null). Of a very large dataset captions, key and group are null and
-        stand in the tars (`curate.shards.Facts`).
+        stand in the tars (`curate.index.Facts`).
 
     Raises:
         ConfigError: a column or expression of `wanted` that does not fit the source.

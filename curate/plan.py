@@ -39,20 +39,11 @@ from curate.expressions import (
     step_expressions,
     watch_drops,
 )
+from curate.files import digest, file_sha256, fingerprint, sweep, write_batches, write_parquet, write_text
 from curate.filters import Step, Where
 from curate.lists import PACKED, ListColumns, ListFiles, choose_columns, readable_list, reader
 from curate.progress import progress
-from curate.shards import (
-    OFFSET_COLUMNS,
-    digest,
-    file_sha256,
-    fingerprint,
-    shard_name,
-    sweep,
-    write_batches,
-    write_parquet,
-    write_text,
-)
+from curate.shards import OFFSET_COLUMNS, shard_name
 from curate.sources import find
 
 if TYPE_CHECKING:

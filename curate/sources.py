@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curate.errors import ConfigError, InputError
+from curate.files import atomic, fingerprint
+from curate.index import image_places, kept_index
 from curate.lists import CAPTION_NAMES, ListFiles, find_list, list_of
 from curate.progress import progress
-from curate.shards import atomic, fingerprint, image_places, kept_index
 
 if TYPE_CHECKING:
     import pyarrow as pa

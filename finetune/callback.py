@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from curate.clip import load_clip
 from curate.errors import InputError
-from curate.shards import write_text
+from curate.files import write_text
 from finetune import interpolate
 from finetune.config import DataConfig, EvaluateConfig, KeepConfig
 from finetune.evaluate import Evaluation, compare, evaluate_clip, metric_names

@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from curate.errors import ConfigError, InputError
-from curate.shards import atomic
+from curate.files import atomic
 
 logger = logging.getLogger("cliptailor")
 

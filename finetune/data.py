@@ -23,7 +23,9 @@ from torch import Tensor
 
 from curate.clip import Clip
 from curate.errors import ConfigError, InputError
-from curate.shards import SampleIndex, digest, fingerprint, shard_folder, shards_of
+from curate.files import digest, fingerprint
+from curate.index import SampleIndex
+from curate.shards import shard_folder, shards_of
 from finetune.adapters import is_locked
 from finetune.batches import Arrangement, caption_sizes, clusters, stored_embeddings, twin_groups
 from finetune.config import SHARDED, TOWERS, DataConfig

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from curate.clip import Clip
 from curate.errors import ConfigError, InputError, UnwantedResult
+from curate.index import MemberReader, read_index
 from curate.keys import shown
-from curate.shards import MemberReader, read_index, shard_folder, shards_of
+from curate.shards import shard_folder, shards_of
 from finetune.evaluate import Encoder, pixel_batches
 from finetune.images import FileImages, Images, TarImages, image_files
 from finetune.prompts import openai_imagenet_templates, zero_shot_classifier

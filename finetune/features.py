@@ -26,7 +26,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from curate.shards import SampleIndex, atomic, fingerprint
+from curate.files import atomic, fingerprint
+from curate.index import SampleIndex
 from finetune.config import DataConfig
 from finetune.layers import tower_of
 

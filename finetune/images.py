@@ -10,7 +10,8 @@ from typing import Protocol
 from PIL import Image, UnidentifiedImageError
 
 from curate.errors import InputError
-from curate.shards import IMAGE_EXTENSIONS, MemberReader
+from curate.index import MemberReader
+from curate.shards import IMAGE_EXTENSIONS
 
 
 class Images(Protocol):

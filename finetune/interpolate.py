@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from curate.errors import ModelError
-from curate.shards import atomic
+from curate.files import atomic
 from finetune.adapters import merge
 from finetune.attention import split_attention
 from finetune.config import AdapterConfig

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from curate.errors import InputError, did_you_mean
-from curate.shards import MemberReader
+from curate.index import MemberReader
 from finetune.config import TORCHVISION, LabelledConfig
 from finetune.images import FileImages, Images, TarImages, image_files
 

@@ -13,7 +13,7 @@ import lightning
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from curate.shards import write_text
+from curate.files import write_text
 
 LOG_EVERY_S = 30.0
 logger = logging.getLogger("cliptailor")

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 from torch import Tensor
 
 from curate.clip import Clip
-from curate.shards import atomic
+from curate.files import atomic
 from finetune.embedding import Pictures, embedded, text_embeddings
 
 if TYPE_CHECKING:

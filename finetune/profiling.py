@@ -18,7 +18,7 @@ import lightning
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from curate.shards import atomic, write_text
+from curate.files import atomic, write_text
 
 logger = logging.getLogger("cliptailor")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from curate.errors import InputError
-from curate.shards import Facts, MemberReader, SampleIndex
+from curate.index import Facts, MemberReader, SampleIndex
 from finetune.captions import CachedTokenizer, content_hash
 from finetune.features import UNREAD, Features
 from finetune.packing import Packer

@@ -21,15 +21,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from curate.errors import ConfigError, InputError
-from curate.shards import (
-    SPLITS,
-    MemberReader,
-    SampleIndex,
-    fingerprint,
-    read_index,
-    shard_folder,
-    shards_of,
-)
+from curate.files import fingerprint
+from curate.index import MemberReader, SampleIndex, read_index
+from curate.shards import SPLITS, shard_folder, shards_of
 from finetune.config import EvaluateConfig, ProbeConfig, ZeroShotConfig
 from finetune.images import Images, TarImages
 from finetune.labelled import Labelled, captioned, is_benchmark, labelled

@@ -18,8 +18,10 @@ import numpy as np
 from torch import Tensor
 
 from curate.errors import InputError
+from curate.files import fingerprint
+from curate.index import Facts, MemberReader, SampleIndex
 from curate.pairs import Wanted, read_pairs
-from curate.shards import Facts, MemberReader, SampleIndex, fingerprint, shard_folder
+from curate.shards import shard_folder
 from finetune.config import DataConfig, SourceConfig
 from finetune.labelled import class_name
 from finetune.prompts import prompts

@@ -16,7 +16,7 @@ from curate.ask.overview import Step, funnel
 from curate.ask.tables import check_ours, database, in_order, read_manifest, rows_of, step_names
 from curate.database import arrow_batches, files
 from curate.errors import ConfigError
-from curate.shards import made_from, write_batches
+from curate.files import made_from, write_batches
 
 if TYPE_CHECKING:
     import duckdb

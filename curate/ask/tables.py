@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from curate.ask.arguments import EngineOptions
 from curate.database import SPILL, column_types, connect, files, literal, quoted
 from curate.errors import InputError
-from curate.shards import SPLITS, made_from, notes
+from curate.files import made_from, notes
+from curate.shards import SPLITS
 from curate.signals import files_of, groups_there
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from curate.ask.arguments import VerifyOptions
 from curate.ask.members import Fault, check_parquet, check_shard
 from curate.ask.tables import check_ours, database, each_row, numbered, packed, read_manifest, shard_split
 from curate.database import column_types, files
+from curate.files import digest, file_sha256, fingerprint, made_from
 from curate.progress import progress
-from curate.shards import digest, file_sha256, fingerprint, made_from
 
 if TYPE_CHECKING:
     import duckdb

@@ -26,7 +26,7 @@ from curate.clip.folders import Source, read_json
 from curate.clip.hub import architectures, cached_folder, is_hub_id, reached
 from curate.clip.openai import is_openai_archive
 from curate.errors import ConfigError, ModelError, did_you_mean
-from curate.shards import file_sha256
+from curate.files import file_sha256
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from curate.concepts.mining import mine
 from curate.config import ConceptsConfig
 from curate.database import SPILL, connect, create_in_parts, enough_memory, files, parts
 from curate.errors import ConfigError, InputError, UnwantedResult
-from curate.shards import digest, fingerprint, write_parquet, write_text
+from curate.files import digest, fingerprint, write_parquet, write_text
 
 if TYPE_CHECKING:
     import pyarrow as pa

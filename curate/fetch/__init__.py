@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 from curate.config import FetchConfig
 from curate.errors import InputError
 from curate.fetch.rows import RAW_COLUMNS, SUCCESS
-from curate.shards import digest, fingerprint, made_from, read_rows, sweep, write_text
+from curate.files import digest, fingerprint, made_from, read_rows, sweep, write_text
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager

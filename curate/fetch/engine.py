@@ -51,8 +51,9 @@ from curate.fetch.transfer import (
     parse_target,
     reach,
 )
+from curate.files import read_rows, write_text
 from curate.ledger import Reason
-from curate.shards import ShardWriter, read_rows, write_text
+from curate.shards import ShardWriter
 
 Row = dict[str, Any]
 Report = Callable[[dict[str, Any]], None]

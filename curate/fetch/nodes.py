@@ -18,7 +18,7 @@ from curate.config import FetchConfig
 from curate.executor import Do, Work, cluster
 from curate.fetch import hosts, origins
 from curate.fetch.hosts import Share
-from curate.shards import fingerprint
+from curate.files import fingerprint
 
 logger = logging.getLogger("cliptailor")
 

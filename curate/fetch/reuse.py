@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from curate.errors import InputError
 from curate.fetch.manners import MAY_PASS
 from curate.fetch.rows import RAW_COLUMNS, Picture
+from curate.index import MemberReader
 from curate.ledger import Reason
-from curate.shards import MemberReader
 
 if TYPE_CHECKING:
     from curate.fetch.task import ShardTask

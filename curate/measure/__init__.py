@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from curate.config import ClipConfig, MeasureConfig
 from curate.errors import ConfigError
+from curate.files import digest, fingerprint, made_from, sweep, write_parquet
 from curate.progress import progress
-from curate.shards import digest, fingerprint, made_from, shards_of, sweep, write_parquet
+from curate.shards import shards_of
 from curate.signals import OwnSignal, asked, own_signals
 
 if TYPE_CHECKING:

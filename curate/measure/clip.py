@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from curate.clip import Clip
-from curate.shards import MemberReader
+from curate.index import MemberReader
 
 logger = logging.getLogger("cliptailor")
 BATCHES_AHEAD = 2  # decoded and waiting: enough to keep the encoder busy, and a ceiling for memory

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curate.shards import OFFSET_COLUMNS, MemberReader
+from curate.index import MemberReader
+from curate.shards import OFFSET_COLUMNS
 
 PLACE = ("image_offset", "image_size")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from curate.errors import ConfigError, UnwantedResult
 from curate.executor import Do, Report, cluster, run_over
-from curate.shards import made_from
+from curate.files import made_from
 
 if TYPE_CHECKING:
     from curate.measure import Advance, Group, ShardTask

@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from curate.errors import ConfigError
-from curate.shards import file_sha256
+from curate.files import file_sha256
 from curate.signals import OwnSignal
 
 ARROW = {

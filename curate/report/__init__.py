@@ -19,6 +19,7 @@ import yaml
 from curate import charts
 from curate.config import ReportConfig, SelectConfig
 from curate.errors import InputError
+from curate.files import write_text
 from curate.html import MAX_BYTES, count, render, share
 from curate.report.card import card, retained
 from curate.report.croissant import croissant
@@ -30,7 +31,6 @@ from curate.report.manifest import manifest
 from curate.report.samples import Gallery, choose, with_pictures
 from curate.report.tables import open_tables
 from curate.report.thresholds import named_columns
-from curate.shards import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table

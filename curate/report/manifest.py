@@ -11,7 +11,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from curate.shards import digest, file_sha256, fingerprint, made_from
+from curate.files import digest, file_sha256, fingerprint, made_from
 
 
 def versions(config: dict[str, Any]) -> dict[str, str]:

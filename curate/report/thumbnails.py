@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from curate.errors import InputError
-from curate.shards import MemberReader, digest, made_from, read_rows, sweep, write_parquet
+from curate.files import digest, made_from, read_rows, sweep, write_parquet
+from curate.index import MemberReader
 
 FILE = Path(".report", "thumbnails.parquet")
 FORMAT = "thumbnails 1"

@@ -39,6 +39,7 @@ from curate.expressions import (
     step_expressions,
     watch_drops,
 )
+from curate.files import digest, fingerprint, made_from, sweep, write_batches
 from curate.filters import Balance, Decontaminate, Dedup, Relevance, Sample, Step, Top, Where
 from curate.ledger import ledger_schema
 from curate.progress import progress
@@ -48,7 +49,7 @@ from curate.select.pictures import find, identity
 from curate.select.ranked import apply_sample, apply_top
 from curate.select.retain import find_retainable
 from curate.select.selection import Identity, Selection
-from curate.shards import SPLITS, digest, fingerprint, made_from, sweep, write_batches
+from curate.shards import SPLITS
 from curate.signals import asked, beside, files_of
 
 FORMAT = 3

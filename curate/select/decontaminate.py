@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 from curate.database import literal
 from curate.expressions import label
 from curate.filters import Decontaminate
+from curate.index import read_index
 from curate.select.known import blocks, known_images, vectors
 from curate.select.near import nearest
 from curate.select.pictures import find
 from curate.select.selection import Selection, same_width
-from curate.shards import read_index, shard_folder, shards_of
+from curate.shards import shard_folder, shards_of
 
 if TYPE_CHECKING:
     import numpy as np

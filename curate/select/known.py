@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from curate.files import fingerprint, made_from, sweep, write_batches
 from curate.select.pictures import batched, decoded, pictures
 from curate.select.selection import Selection
-from curate.shards import fingerprint, made_from, sweep, write_batches
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from curate.errors import ConfigError, InputError
+from curate.files import digest, file_sha256
+from curate.index import iter_images, read_index
 from curate.ledger import Reason
-from curate.shards import IMAGE_EXTENSIONS, digest, file_sha256, iter_images, read_index, shard_folder, shards_of
+from curate.shards import IMAGE_EXTENSIONS, shard_folder, shards_of
 
 if TYPE_CHECKING:
     import numpy as np

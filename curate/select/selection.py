@@ -18,7 +18,7 @@ import duckdb
 from curate.config import ClipConfig
 from curate.database import column_types
 from curate.errors import InputError, ModelError
-from curate.shards import read_rows
+from curate.files import read_rows
 
 if TYPE_CHECKING:
     import numpy as np

@@ -21,8 +21,8 @@ from markupsafe import Markup
 
 from curate import charts
 from curate.errors import InputError
+from curate.files import write_text
 from curate.html import render
-from curate.shards import write_text
 from finetune.config import RobustnessConfig
 from finetune.evaluate import Evaluation, compare
 from finetune.metrics import recall_at

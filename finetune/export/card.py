@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from curate.errors import InputError
-from curate.shards import write_text
+from curate.files import write_text
 from finetune.config import FitConfig
 from finetune.export.formats import Format
 from finetune.runs import run_config

@@ -39,7 +39,7 @@ CAPTIONS = ("a photo of a cat.", "two dogs and one bird, 12 × 3", "Größe: ¿q
 
 def samples_of(checkpoint: Path) -> list[Image.Image]:
     """Some images of the run's own val or train split; a drawn one where the dataset is not there any more."""
-    from curate.shards import MemberReader
+    from curate.index import MemberReader
     from finetune.data import has_split
     from finetune.sources import split_pairs, training_set
 

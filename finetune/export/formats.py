@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from curate.errors import ConfigError, ModelError
-from curate.shards import atomic, write_text
+from curate.files import atomic, write_text
 from finetune.runs import INTERPOLATED, load_module
 
 if TYPE_CHECKING:

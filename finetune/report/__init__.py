@@ -23,8 +23,8 @@ import yaml
 
 from curate import charts
 from curate.errors import InputError
+from curate.files import fingerprint, write_text
 from curate.html import MAX_BYTES, count, duration, render, share, size
-from curate.shards import fingerprint, write_text
 from finetune.report.changed import NOTHING, changed, heat
 
 POINTS = 300  # of a curve; longer ones are averaged

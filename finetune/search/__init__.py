@@ -19,8 +19,8 @@ from torch import Tensor
 
 from curate.clip import Clip
 from curate.errors import ConfigError
+from curate.files import write_text
 from curate.html import render
-from curate.shards import write_text
 from finetune.embedding import Pictures, embedded, find_pictures, image_embeddings, text_embeddings
 from finetune.examples import thumbnail
 from finetune.images import Images

@@ -14,7 +14,7 @@ import pytest
 from curate import report
 from curate.cli import main
 from curate.config import ReportConfig
-from curate.shards import write_parquet
+from curate.files import write_parquet
 from tests.curate.fetched import fetched, noise, pack_rows, row, select_rows
 
 FILTERS: list[dict[str, Any]] = [

@@ -18,9 +18,10 @@ from PIL import Image
 from curate import pack, plan, select
 from curate.config import ClipConfig, MeasureConfig, PackConfig, PlanConfig, SelectConfig
 from curate.expressions import FETCH_COLUMNS
+from curate.files import digest
 from curate.filters import parse_steps
 from curate.images import phash
-from curate.shards import ShardWriter, digest
+from curate.shards import ShardWriter
 
 ARROW = {"VARCHAR": pa.string(), "BIGINT": pa.int64(), "DOUBLE": pa.float64()}
 ENGINE = SelectConfig(memory_limit="500MB", threads=1)

@@ -13,7 +13,8 @@ from curate.config import FetchConfig
 from curate.fetch import hosts
 from curate.fetch.engine import open_worker
 from curate.fetch.task import ShardTask
-from curate.shards import MemberReader, read_index, write_parquet
+from curate.files import write_parquet
+from curate.index import MemberReader, read_index
 
 
 def photo(number=0, size=(64, 48)):

@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
+from curate.files import fingerprint, write_parquet
 from curate.ledger import ledger_schema
-from curate.shards import SPLITS, ShardWriter, fingerprint, shard_name, write_parquet
+from curate.shards import SPLITS, ShardWriter, shard_name
 
 FILTERS: list[dict[str, Any]] = [
     {"name": "caption_length", "where": "caption_words BETWEEN 3 AND 60"},

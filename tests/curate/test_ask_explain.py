@@ -8,7 +8,7 @@ import pytest
 from curate.ask.arguments import ExplainOptions
 from curate.ask.explain import explain
 from curate.errors import InputError
-from curate.shards import write_parquet
+from curate.files import write_parquet
 from tests.curate.built import COPIES, GONE, NARROW, ONE_WORD, REPEATED, asked, build, score
 from tests.curate.fetched import encoded, ledger, noise
 

@@ -196,7 +196,7 @@ def test_a_folder_of_thousands_of_shards_is_one_table(tmp_path: Path) -> None:
     """More files than a process may have open by default."""
     import pyarrow as pa
 
-    from curate.shards import write_parquet
+    from curate.files import write_parquet
 
     out = tmp_path / "out"
     write_parquet(pa.table({"key": ["a"], "kept": [False]}), out / "ledger.parquet", made_from="x")

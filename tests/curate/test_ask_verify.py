@@ -13,7 +13,7 @@ import pytest
 
 from curate.ask.arguments import VerifyOptions
 from curate.ask.verify import Verified, verify
-from curate.shards import file_sha256, write_parquet
+from curate.files import file_sha256, write_parquet
 from tests.curate.built import asked, build
 from tests.curate.report_folder import example_rows, write_folder
 
@@ -53,13 +53,13 @@ def rewrite(out: Path, name: str, change: Callable[[list[dict[str, Any]]], objec
 
 
 def made(out: Path, name: str) -> str:
-    from curate.shards import made_from
+    from curate.files import made_from
 
     return str(made_from(out / name))
 
 
 def owned_up(out: Path, name: str) -> None:
-    from curate.shards import digest, fingerprint
+    from curate.files import digest, fingerprint
 
     manifest = json.loads((out / "manifest.json").read_text())
     path = out / name

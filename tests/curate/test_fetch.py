@@ -15,7 +15,7 @@ import pytest
 from curate.config import FetchConfig
 from curate.errors import InputError
 from curate.fetch import MANNER_OF_FETCHING, FetchResult, run
-from curate.shards import made_from
+from curate.files import made_from
 from tests.curate.fetching import images, impatient, jpeg, read_rows, read_stats, write_plan
 from tests.webserver import WebServer, after, page, when
 

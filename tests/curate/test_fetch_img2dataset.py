@@ -26,8 +26,8 @@ from curate.fetch import RAW_COLUMNS, img2dataset, run
 from curate.fetch.guard import BlockedAddress
 from curate.fetch.img2dataset_errors import as_transfer_error, from_words
 from curate.fetch.task import ShardTask
+from curate.files import made_from
 from curate.ledger import Reason
-from curate.shards import made_from
 from tests.curate.fetching import encoded, images, impatient, jpeg, photo, read_rows, read_stats, write_plan
 from tests.webserver import (
     WebServer,

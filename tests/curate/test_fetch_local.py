@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from curate.fetch import run
 from curate.fetch.task import ShardTask
-from curate.shards import write_parquet
+from curate.files import write_parquet
 from tests.curate.fetching import encoded, images, impatient, jpeg, make_here, photo, read_rows, read_stats
 
 PLACES = pa.schema({"source_file": pa.string(), "source_offset": pa.int64(), "source_size": pa.int64()})

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from curate.fetch import FetchResult, run
-from curate.shards import ShardWriter, write_parquet
+from curate.files import write_parquet
+from curate.shards import ShardWriter
 from tests.curate.fetching import images, impatient, jpeg, read_rows, write_plan
 from tests.webserver import WebServer, after, page
 

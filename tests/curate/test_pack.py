@@ -21,7 +21,9 @@ from curate.ask.arguments import VerifyOptions
 from curate.ask.verify import verify
 from curate.config import PackConfig, SelectConfig
 from curate.errors import ConfigError, InputError
-from curate.shards import SPLITS, ShardWriter, made_from, read_index, write_parquet
+from curate.files import made_from, write_parquet
+from curate.index import read_index
+from curate.shards import SPLITS, ShardWriter
 from tests.curate.fetched import encoded, fetched, ledger, noise, pack_rows, row, select_rows
 
 
@@ -59,7 +61,7 @@ def test_the_shards_hold_what_the_ledger_keeps_each_image_byte_for_byte(out):
         for line in found.values():
             assert line["sha256"] == hashlib.sha256(encoded(noise(line["row"]))).hexdigest()
     index = read_index(out, "train", columns=["sha256"])
-    from curate.shards import iter_images
+    from curate.index import iter_images
 
     for (key, caption, image), sha256 in zip(iter_images(index), index.table["sha256"].to_pylist(), strict=True):
         assert hashlib.sha256(image).hexdigest() == sha256
@@ -247,7 +249,7 @@ def test_more_raw_shards_than_a_process_may_open(tmp_path, monkeypatch):
     out = fetched(tmp_path / "out", rows, shard_size=1)
     assert len(list((out / "raw").glob("*.tar"))) > 60  # more than may be open below
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    monkeypatch.setattr("curate.shards.MAX_OPEN_TARS", 8)
+    monkeypatch.setattr("curate.index.MAX_OPEN_TARS", 8)
     monkeypatch.setattr("curate.database.FILES_AT_ONCE", 20)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 50, hard))
     try:

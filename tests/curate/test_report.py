@@ -18,6 +18,7 @@ from PIL import Image
 from curate import report
 from curate.config import ReportConfig
 from curate.errors import InputError
+from curate.files import read_rows
 from curate.html import MAX_BYTES
 from curate.ledger import Reason
 from curate.report import tables, thumbnails
@@ -25,7 +26,6 @@ from curate.report.definitions import DEFINITIONS, limits
 from curate.report.distributions import BINS, bin_edges
 from curate.report.figures import describe
 from curate.report.thumbnails import SIDE, thumbnail
-from curate.shards import read_rows
 from tests.curate.pages import Page
 from tests.curate.report_folder import CONFIG, FILTERS, Row, example_rows, jpeg, write_folder
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from curate import report
 from curate.config import ReportConfig
 from curate.errors import InputError
-from curate.shards import write_parquet
+from curate.files import write_parquet
 from tests.curate.pages import Page
 from tests.curate.report_folder import CONFIG, FILTERS, Row, example_rows, jpeg, write_folder
 

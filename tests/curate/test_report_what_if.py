@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from curate import report
 from curate.config import ReportConfig, SelectConfig
 from curate.errors import ConfigError
+from curate.files import write_parquet
 from curate.html import MAX_BYTES
 from curate.ledger import ledger_schema
 from curate.report.embedded import principal
 from curate.report.tables import open_tables
 from curate.report.thresholds import FINE, find_thresholds, fine_edges, named_columns
-from curate.shards import write_parquet
 from tests.curate.pages import Page
 from tests.curate.report_folder import CONFIG, PLAN, Row, example_rows, jpeg, write_folder
 

@@ -14,10 +14,10 @@ from curate import measure, report
 from curate.clip import load_clip
 from curate.config import MeasureConfig, ReportConfig
 from curate.errors import ConfigError, InputError
+from curate.files import write_batches
 from curate.filters import Decontaminate
 from curate.select import decontaminate, known
 from curate.select.relevance import fill, score
-from curate.shards import write_batches
 from tests.curate.fetched import dropped, encoded, fetched, kept, ledger, noise, pack_rows, row, select_rows, tiny_clip
 
 

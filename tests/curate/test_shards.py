@@ -17,24 +17,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from curate.errors import InputError
-from curate.shards import (
+from curate.files import (
     ROW_GROUP,
-    MemberReader,
-    ShardWriter,
     atomic,
     digest,
     file_sha256,
     fingerprint,
-    iter_images,
     made_from,
-    read_index,
-    shard_name,
-    shards_of,
     sweep,
-    tar_images,
     write_batches,
     write_parquet,
 )
+from curate.index import MemberReader, iter_images, read_index, tar_images
+from curate.shards import ShardWriter, shard_name, shards_of
 
 SCHEMA = pa.schema([("key", pa.string()), ("caption", pa.string()), ("width", pa.int64())])
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200) | st.just("🦊\n\0" * 3000)
@@ -401,7 +396,7 @@ def open_tars(folder):
 
 
 def test_a_reader_opens_no_more_tars_than_it_may_and_none_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr("curate.shards.MAX_OPEN_TARS", 4)
+    monkeypatch.setattr("curate.index.MAX_OPEN_TARS", 4)
     for number in range(12):
         write(tmp_path, [(str(number), bytes([number]) * 20)], name=shard_name(number))
     index = read_index(tmp_path)

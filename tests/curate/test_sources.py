@@ -22,7 +22,7 @@ from moto.server import ThreadedMotoServer
 from curate import fetch, plan
 from curate.config import ColumnsConfig, PlanConfig
 from curate.errors import ConfigError, InputError
-from curate.shards import read_index
+from curate.index import read_index
 from curate.sources import find
 from tests.curate.fetching import encoded, images, impatient, jpeg, photo
 

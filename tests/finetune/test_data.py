@@ -16,7 +16,8 @@ from PIL import Image
 
 from curate.clip import Clip, load_clip
 from curate.errors import ConfigError, InputError
-from curate.shards import ShardWriter, read_index
+from curate.index import read_index
+from curate.shards import ShardWriter
 from finetune.config import DataConfig, SourceConfig
 from finetune.data import (
     CLIPDataModule,
@@ -247,7 +248,7 @@ def test_of_a_very_large_dataset_only_places_are_kept_and_the_batches_are_the_sa
         return WithClip(clip, config(tmp_path, batch_size=7, replay=0.3)).train_dataloader()
 
     expected = batches(loader())
-    monkeypatch.setattr("curate.shards.MANY_SAMPLES", 3)
+    monkeypatch.setattr("curate.index.MANY_SAMPLES", 3)
     large = loader()
     table = large.dataset.index.table
     assert table["captions"].null_count == table["key"].null_count == 5  # retain is small

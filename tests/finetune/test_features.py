@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from curate.errors import InputError
-from curate.shards import read_index
+from curate.index import read_index
 from finetune import features
 from finetune.config import AdapterConfig, DataConfig, FitConfig, LossConfig, SourceConfig, TrainerConfig
 from finetune.features import Features, compute

@@ -12,7 +12,7 @@ import pytest
 
 from curate import report
 from curate.config import ReportConfig
-from curate.shards import write_parquet
+from curate.files import write_parquet
 from tests.curate.browser.chromium import Browser, chromium
 from tests.curate.report_folder import CONFIG, FILTERS, Row, example_rows, jpeg, write_folder
 
