@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("cliptailor")
 TOLERANCE = {"open_clip": 1e-5, "transformers": 1e-5, "adapter": 1e-5, "onnx": 1e-4}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 MOST = 8  # images
 # Plain ones: open_clip mends mojibake and HTML entities in captions first, which transformers does not.
 CAPTIONS = ("a photo of a cat.", "two dogs and one bird, 12 × 3", "Größe: ¿qué?")
@@ -110,19 +111,23 @@ def _write(given: Path, pixels: torch.Tensor, tokens: torch.Tensor) -> None:
     np.save(given / "tokens.npy", tokens.numpy())
 
 
-def _compare(folder: Path, form: str, given: Path, expected: tuple[torch.Tensor, torch.Tensor]) -> None:
-    out = given / "out.npz"
-    script = Path(__file__).with_name(f"use_{form}.py")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+def _in_fresh_process(script: Path, *arguments: Path) -> str | None:
+    """Run a script; None, or the last line that it said when it failed."""
     done = subprocess.run(  # noqa: S603 - this Python, a script of ours
-        [sys.executable, str(script), str(folder.resolve()), str(given), str(out)],
-        env=environment,
+        [sys.executable, str(script), *map(str, arguments)],
+        env={**os.environ, **OFFLINE},
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode:
-        raise ModelError(f"--to {form}: what was written cannot be loaded: {done.stderr.strip().splitlines()[-1]}")
+    return done.stderr.strip().splitlines()[-1] if done.returncode else None
+
+
+def _compare(folder: Path, form: str, given: Path, expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    out = given / "out.npz"
+    script = Path(__file__).with_name(f"use_{form}.py")
+    if fault := _in_fresh_process(script, folder.resolve(), given, out):
+        raise ModelError(f"--to {form}: what was written cannot be loaded: {fault}")
     with np.load(out) as got:
         for what, embeddings in zip(("image", "text"), expected, strict=True):
             difference = float(np.abs(embeddings.numpy() - got[what]).max())

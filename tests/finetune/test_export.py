@@ -222,12 +222,15 @@ def adapted(tmp_path_factory, dataset, architectures):
 
 
 @pytest.mark.parametrize("form", ["open_clip", "transformers", "onnx", "adapter"])
-def test_every_form_is_loaded_in_a_fresh_process_before_it_is_called_done(adapted, tmp_path, form, monkeypatch):
+def test_every_form_is_loaded_in_a_fresh_process_before_it_is_called_done(
+    adapted, tmp_path, form, monkeypatch, fresh_process
+):
     """With a checkpoint that is another one than what was written, nothing is exported."""
+    compared, forked = check._compare, check._in_fresh_process
+    monkeypatch.setattr(check, "_in_fresh_process", fresh_process)
     export(adapted, tmp_path / "right", form)
     assert (tmp_path / "right" / "README.md").is_file()
-
-    compared = check._compare
+    monkeypatch.setattr(check, "_in_fresh_process", forked)
 
     def worse(folder, form, given, expected):
         compared(folder, form, given, (expected[0], expected[1] + 1e-3))

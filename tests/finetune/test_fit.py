@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from curate.errors import Busy, ConfigError, InputError
-from finetune import fit as fit_module
+from finetune import folder
 from finetune.checkpoints import AtomicCheckpointIO, Interrupted, KeepBest, KeepLast, random_state, set_random_state
 from finetune.config import (
     AdapterConfig,
@@ -481,7 +481,7 @@ def test_restart_begins_anew_and_leaves_foreign_files(config, unbroken, tmp_path
 
 def test_two_processes_do_not_train_into_one_folder(config, tmp_path):
     with (
-        fit_module._only_process(tmp_path),
+        folder.only_process(tmp_path),
         pytest.raises(Busy, match="another process is training here"),
     ):
         fit(replace(config, out=tmp_path))
