@@ -49,7 +49,9 @@ class Users:
             self._process = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=environment)
         assert self._process.stdin
         assert self._process.stdout
-        print(json.dumps([str(each) for each in (self._told, script, *arguments)]), file=self._process.stdin, flush=True)
+        print(
+            json.dumps([str(each) for each in (self._told, script, *arguments)]), file=self._process.stdin, flush=True
+        )
         if int(self._process.stdout.readline()) == 0:
             return None
         return self._told.read_text(encoding="utf-8").strip().splitlines()[-1]
