@@ -7,7 +7,8 @@
     ├── UnwantedResult        3   the run ended, but not with what was asked for: nothing kept, an outage
     ├── Diverged              3   a training run whose numbers are none any more
     ├── UnwritableDisk        1   the disk is full, or a limit of the system is reached
-    ├── Outage               69   nothing could be reached for fetch.outage_s; what was not done stays to be done
+    ├── Outage               69   nothing could be reached for fetch.outage_s, or a dataset far away no longer be read;
+    │                             what was not done stays to be done
     └── Busy                 75   another run holds this folder
 
 A message is one or two lines: which file, key or row; what was expected; what to do.

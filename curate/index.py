@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from curate.cache import open_tar, read_far
 from curate.errors import InputError, did_you_mean
 from curate.files import fingerprint, made_from, read_rows, write_parquet
+from curate.remote import far, stamp
 from curate.shards import IMAGE_EXTENSIONS, SPLITS, shard_folder, shards_of
 
 if TYPE_CHECKING:
@@ -153,9 +155,11 @@ def _check_tar_is_whole(tar: Path, table: pa.Table) -> None:
 
     if table.num_rows:
         end = pc.max(pc.add(table["image_offset"], table["image_size"])).as_py()
-        if tar.stat().st_size < end:
+        size, _ = stamp(tar)
+        if size < end:
+            what = far(tar)
             raise InputError(
-                f"{tar}: {tar.stat().st_size:,} bytes, but its samples reach to {end:,}: it is cut short; "
+                f"{what.address if what else tar}: {size:,} bytes, but its samples reach to {end:,}: it is cut short; "
                 "copy or build it again"
             )
 
@@ -186,7 +190,7 @@ def tar_images(tar: Path) -> Iterator[tuple[str, tuple[int, int]]]:
         InputError: not an uncompressed tar.
     """
     try:
-        with tarfile.open(tar, "r:") as members:
+        with os.fdopen(open_tar(tar), "rb") as file, tarfile.open(tar, "r:", file) as members:
             for member in members:
                 key, _, extension = member.name.partition(".")
                 if member.isreg() and extension.lower() in IMAGE_EXTENSIONS:
@@ -224,18 +228,17 @@ def kept_index(tar: Path, what: str, read: Callable[[], pa.Table]) -> pa.Table:
     """
     import pyarrow as pa
 
-    seen = tar.stat()
-    stamp = fingerprint(INDEX_FORMAT, what, seen.st_size, seen.st_mtime_ns)
+    stamped = fingerprint(INDEX_FORMAT, what, *stamp(tar))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cliptailor"
     paths = (tar.with_name(f"{tar.name}.index"), cache / f"{fingerprint(str(tar.resolve()))}.index")
     for path in paths:
-        if made_from(path) == stamp:
+        if made_from(path) == stamped:
             with suppress(OSError, pa.ArrowInvalid):
                 return read_rows(path)
     table = read()
     for path in paths:
         with suppress(OSError):
-            write_parquet(table, path, made_from=stamp)
+            write_parquet(table, path, made_from=stamped)
             break
     return table
 
@@ -261,19 +264,25 @@ class MemberReader:
 
         Raises:
             InputError: the file ends before that.
+            Outage: it is far away, and cannot be fetched.
         """
         handle = self._open.get((os.getpid(), tar))
-        if handle is None:
-            if len(self._open) >= MAX_OPEN_TARS:
-                os.close(self._open.pop(next(iter(self._open))))
-            handle = self._open[os.getpid(), tar] = os.open(self.tars[tar], os.O_RDONLY)
-        content = os.pread(handle, size, offset)
+        if handle is None and far(self.tars[tar]):
+            content = read_far(self.tars[tar], offset, size)
+        else:
+            content = os.pread(self._opened(tar) if handle is None else handle, size, offset)
         if len(content) != size:
             raise InputError(
                 f"{self.tars[tar]}: ends at {offset + len(content):,}, but a sample ends at {offset + size:,}; "
                 "copy or build it again"
             )
         return content
+
+    def _opened(self, tar: int) -> int:
+        if len(self._open) >= MAX_OPEN_TARS:
+            os.close(self._open.pop(next(iter(self._open))))
+        handle = self._open[os.getpid(), tar] = os.open(self.tars[tar], os.O_RDONLY)
+        return handle
 
     def close(self) -> None:
         """Close the tars this process opened."""

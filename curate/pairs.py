@@ -22,6 +22,7 @@ from curate.errors import ConfigError, InputError, did_you_mean
 from curate.expressions import readable, scalar_expression
 from curate.index import SampleIndex, read_index, read_places
 from curate.lists import CAPTION_NAMES, readable_list, reader
+from curate.remote import address
 from curate.shards import shard_folder, shards_of
 from curate.sources import find
 
@@ -86,10 +87,10 @@ def read_pairs(path: Path, wanted: Wanted, split: str = "train") -> SampleIndex:
         ConfigError: a column or expression of `wanted` that does not fit the source.
         InputError: nothing there, not what it should be, or an image file that is missing: names the row.
     """
-    if not path.exists():
+    if not (address(path) or path.exists()):
         raise InputError(f"{wanted.key}: {path}: no such file or folder; expected a dataset, images, tars or a list")
     with tempfile.TemporaryDirectory(prefix="cliptailor-") as scratch:
-        if path.is_dir() and shards_of(shard_folder(path)):
+        if address(path) or (path.is_dir() and shards_of(shard_folder(path))):
             return _of_shards(path, wanted, split, Path(scratch))
         if split != "train":
             raise InputError(f"{wanted.key}: {path}: no {split} split; only a dataset of shards has splits")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from curate.files import atomic, write_parquet
+from curate.remote import address, far_files, mirror
 from curate.ustar import header
 
 if TYPE_CHECKING:
@@ -124,9 +125,18 @@ class ShardWriter:
 def shards_of(folder: Path, split: str | None = None) -> list[Path]:
     """Stems of the complete shards in a folder, sorted: of one split of a packed dataset, or all."""
     pattern = f"{split}-*.parquet" if split else "*.parquet"
-    return [path.with_suffix("") for path in sorted(folder.glob(pattern)) if path.with_suffix(".tar").exists()]
+    stems, far = [path.with_suffix("") for path in sorted(folder.glob(pattern))], far_files(folder)
+    return [stem for stem in stems if f"{stem.name}.tar" in far or stem.with_suffix(".tar").exists()]
 
 
 def shard_folder(path: Path) -> Path:
-    """Where the shards of a dataset lie: `path/shards` for a folder that `curate build` made, else `path` itself."""
+    """Where the shards of a dataset lie: `path/shards` for a folder that `curate build` made, else `path` itself.
+
+    Of a dataset far away (`s3://…`) it is the mirror, which the first call of a process makes (curate/remote.py).
+
+    Raises:
+        InputError, ConfigError: it cannot be read from there.
+    """
+    if far := address(path):
+        return mirror(far)
     return path / "shards" if (path / "shards").is_dir() else path

@@ -12,7 +12,6 @@ these says that fits: tars, images, list files.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import tarfile
@@ -20,11 +19,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curate.errors import ConfigError, InputError
+from curate.errors import InputError
 from curate.files import atomic, fingerprint
 from curate.index import image_places, kept_index
 from curate.lists import CAPTION_NAMES, ListFiles, find_list, list_of
 from curate.progress import progress
+from curate.remote import COPIED_AT_ONCE, connect, readable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,9 +34,6 @@ logger = logging.getLogger("cliptailor")
 IMAGES = frozenset(
     (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".apng")
 )
-DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs"}
-EXTRAS = {"s3fs": "cliptailor[s3]", "gcsfs": "cliptailor[gcs]"}
-COPIED_AT_ONCE = 8 << 20
 ROWS_AT_ONCE = 50_000
 FORMAT = 1
 
@@ -78,24 +75,13 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 
 def _remote(urls: str, cache: Path) -> ListFiles:
-    import fsspec
-
-    protocol = urls.partition("://")[0]
-    driver = DRIVERS.get(protocol)
-    if driver and importlib.util.find_spec(driver) is None:
-        raise ConfigError(f"--urls {urls}: {protocol}:// needs {driver}: pip install '{EXTRAS.get(driver, driver)}'")
-    try:
-        system, path = fsspec.core.url_to_fs(urls)
+    with readable(urls):
+        system, path = connect(urls)
         if "*" in path or "?" in path or "[" in path:
             found = system.glob(path)
         else:
             found = system.find(path) if system.isdir(path) else [path]
         copies = [(path, _copy(system, path, cache)) for path in sorted(found)]
-    except (InputError, ConfigError):
-        raise
-    except Exception as error:  # each driver has errors of its own, with no common base
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{urls}: cannot be read: {said[:300]}") from error
     return list_of(urls, [copy for _, copy in copies])
 
 

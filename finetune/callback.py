@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from curate.clip import load_clip
 from curate.errors import InputError
 from curate.files import write_text
+from curate.remote import shown
 from finetune import interpolate
 from finetune.config import DataConfig, EvaluateConfig, KeepConfig
 from finetune.evaluate import Evaluation, compare, evaluate_clip, metric_names
@@ -192,7 +193,7 @@ class EvaluationCallback(lightning.Callback):
             "samples_seen": self.samples,
             "device": _device_name(trainer),
             "peak_memory_bytes": self._peak_bytes or None,  # as the last checkpoint has it
-            "dataset": ", ".join(str(source.path) for source in self.data.trained_on),
+            "dataset": ", ".join(shown(source.path) for source in self.data.trained_on),
             "features": asdict(saved) | {"spared": self.samples - saved.computed} if saved else None,
         }
 

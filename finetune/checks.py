@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from curate.errors import ConfigError, InputError, did_you_mean
+from curate.remote import address, shown
 from curate.shards import SPLITS, shard_folder, shards_of
 from finetune.config import (
     SHARDED,
@@ -129,6 +130,7 @@ BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.replay": _share(one=False),
     "data.crop_scale": _share(zero=False),
     "data.max_broken": _share(one=False),
+    "data.window": _at_least(2),
     "evaluate.max_retrieval": _at_least(2),
 }
 
@@ -257,7 +259,7 @@ def _check_data(config: FitConfig) -> None:
             raise ConfigError("data.replay_dataset: nothing of it is replayed while data.replay is 0")
     if data.replay and data.replay_dataset is None and not _has_split(data.dataset, "retain"):
         raise ConfigError(
-            f"data.replay: {data.replay} of each batch, but {data.dataset} has no retain split to replay; "
+            f"data.replay: {data.replay} of each batch, but {shown(data.dataset)} has no retain split to replay; "
             "set it to 0, or name a data.replay_dataset"
         )
     if config.out.resolve() == data.dataset.resolve():
@@ -267,7 +269,7 @@ def _check_data(config: FitConfig) -> None:
         return
     pairs = sum(round((count or 0) * source.weight) for count, source in zip(counts, data.trained_on, strict=True))
     if pairs < data.batch_size - round(data.batch_size * data.replay):
-        where = ", ".join(str(source.path) for source in data.trained_on)
+        where = ", ".join(shown(source.path) for source in data.trained_on)
         raise ConfigError(
             f"data.batch_size: {data.batch_size} pairs a step, but {where} has {pairs:,} to train on; "
             f"an eighth of them at most is a good batch: {max(2, pairs // 8)}"
@@ -275,6 +277,9 @@ def _check_data(config: FitConfig) -> None:
 
 
 def _there(key: str, path: Path, expected: str) -> None:
+    if address(path):
+        shard_folder(path)  # tells what is wrong with it
+        return
     if not path.exists():
         raise ConfigError(f"{key}: {path}: no such {'folder' if not path.suffix else 'file'}; expected {expected}")
     if path.is_dir() and not any(path.iterdir()):
@@ -395,7 +400,7 @@ def _check_monitor(config: FitConfig) -> None:
         return
     if not _has_split(config.data.dataset, "val"):
         raise ConfigError(
-            f"evaluate.monitor: {config.data.dataset} has no val split, so nothing is measured in training"
+            f"evaluate.monitor: {shown(config.data.dataset)} has no val split, so nothing is measured in training"
         )
     known = [*_metrics(config), "val/loss"]
     if asked not in known:

@@ -325,7 +325,8 @@ class DataConfig:
     """What is trained and evaluated on."""
 
     dataset: Path = Path("dataset")
-    """What is trained on, in any form of data.sources; its val and retain splits, where it has them, are evaluated."""
+    """What is trained on, in any form of data.sources; its val and retain splits, where it has them, are evaluated.
+    A dataset of shards may be far away: s3://BUCKET/NAME (gs://…, any address of fsspec's)."""
     sources: list[SourceConfig] = field(default_factory=list)
     """Train on these together, in place of the train split of `dataset`, which stays what is evaluated and replayed."""
     batch_size: int = 256
@@ -345,6 +346,9 @@ class DataConfig:
     """Random resized crop in training: share of the image's area. [1, 1] is no augmentation."""
     decode: Literal["fast", "exact"] = "fast"
     """Of training images. exact: by Pillow, the very pixels of open_clip's transform, in twice the time."""
+    window: int = 50_000
+    """Of a dataset far away (s3://…) so many samples are shuffled together: the shards that hold them, which come in a
+    random order, are here at once, and the next ones on their way. One with fewer samples is shuffled as a whole."""
     max_broken: float = 0.01
     """Share of an epoch's images that may be unreadable: others stand in for them. More of them stop the run."""
     cache_features: Literal["auto", "never"] = "auto"

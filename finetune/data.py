@@ -21,13 +21,16 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from curate.cache import cache_bytes
 from curate.clip import Clip
 from curate.errors import ConfigError, InputError
 from curate.files import digest, fingerprint
 from curate.index import SampleIndex
+from curate.remote import address, far, shown, stamp
 from curate.shards import shard_folder, shards_of
 from finetune.adapters import is_locked
 from finetune.batches import Arrangement, caption_sizes, clusters, stored_embeddings, twin_groups
+from finetune.checks import count_pairs
 from finetune.config import SHARDED, TOWERS, DataConfig
 from finetune.features import Features, Saved, compute, key_of, room_for, why_not
 from finetune.loaders import TrainingLoader, ValidationLoader, going_on, load
@@ -46,6 +49,7 @@ from finetune.sources import (
 )
 from finetune.start import evaluating
 from finetune.trimming import Trim, trim_of
+from finetune.windows import Windows
 
 logger = logging.getLogger("cliptailor")
 
@@ -74,7 +78,7 @@ def replayed_split(config: DataConfig) -> tuple[Path, str] | None:
         return config.replay_dataset, "train"
     if not has_split(config.dataset, "retain"):
         raise ConfigError(
-            f"data.replay is {config.replay}, but {config.dataset} has no retain split; "
+            f"data.replay is {config.replay}, but {shown(config.dataset)} has no retain split; "
             "set data.replay to 0, or name a data.replay_dataset"
         )
     return config.dataset, "retain"
@@ -91,7 +95,15 @@ def data_fingerprint(config: DataConfig) -> str:
     digests: list[Any] = [split_digests(*source) for source in ((config.dataset, "train"), replayed) if source]
     if config.sources or not digests[0]:
         digests[0] = sources_fingerprint(config)
-    return fingerprint(digests, *([config.batches] if config.batches != "shuffled" else []))
+    order: list[str] = [config.batches] if config.batches != "shuffled" else []
+    if samples_far_away(config) > config.window:
+        order.append(f"window {config.window}")
+    return fingerprint(digests, *order)
+
+
+def samples_far_away(config: DataConfig) -> int:
+    """Rows of the sources that are far away; where they are more than `data.window`, they are read in windows."""
+    return sum(count_pairs(source.path, "train") or 0 for source in config.trained_on if address(source.path))
 
 
 class CLIPDataModule(lightning.LightningDataModule):
@@ -140,8 +152,13 @@ class CLIPDataModule(lightning.LightningDataModule):
         self.replay_index = split_pairs(*replayed) if replayed else None
         least = 2 * self._world()[0]
         if len(self.train_index) < least:
-            where = ", ".join(str(source.path) for source in self.config.trained_on)
-            raise InputError(f"{where}: {len(self.train_index)} training pairs; needs at least {least}")
+            raise InputError(f"{self._where}: {len(self.train_index)} training pairs; needs at least {least}")
+
+        self._check_room()
+
+    @property
+    def _where(self) -> str:
+        return ", ".join(shown(source.path) for source in self.config.trained_on)
 
     @property
     def schedule(self) -> Schedule:
@@ -157,7 +174,63 @@ class CLIPDataModule(lightning.LightningDataModule):
             rank=rank,
             sources=self._training.passes,
             arrangement=self._arrangement(),
+            order=self._windows,
         )
+
+    # --- what is far away ---
+
+    @cached_property
+    def _windows(self) -> Windows | None:
+        """The order of samples that are far away; None: they are here, or few enough to be shuffled as a whole."""
+        config, count = self.config, samples_far_away(self.config)
+        if count <= config.window:
+            return None
+        either = f"or give a data.window of {count:,}, if the cache has room for all its tars"
+        if config.batches != "shuffled":
+            raise ConfigError(
+                f"data.batches: {config.batches} rearranges a whole epoch, and {self._where} is read shard after "
+                f"shard; set it to shuffled, {either}"
+            )
+        for number, source in enumerate(config.sources):
+            if source.weight != 1:
+                raise ConfigError(
+                    f"data.sources[{number}].weight: {source.weight:g}, and {self._where} is read shard after shard, "
+                    f"each once; set it to 1, {either}"
+                )
+        return Windows.of(self.train_index.table["tar"], config.window)
+
+    @cached_property
+    def _far(self) -> tuple[dict[int, Path], list[Path]]:
+        """The tars of training samples that are far away, by number, and those of replayed samples."""
+        replayed = self.replay_index.tars if self.replay_index else []
+        return {n: tar for n, tar in enumerate(self.train_index.tars) if far(tar)}, [
+            tar for tar in replayed if far(tar)
+        ]
+
+    def needs(self, epoch: int, place: int) -> list[Path]:
+        """The tars far away that are needed at a place of an epoch, or soon after; those of replayed samples always."""
+        (tars, replayed), windows = self._far, self._windows
+        numbers = windows.needed(place, self.seed, epoch).tolist() if windows else [*tars]
+        return [*replayed, *dict.fromkeys(tars[number] for number in numbers if number in tars)]
+
+    def far_bytes(self) -> tuple[int, int]:
+        """Size of the tars that are far away, and about the most of it that must be here at once."""
+        sizes, replayed = ([stamp(tar)[0] for tar in tars] for tars in (self._far[0].values(), self._far[1]))
+        needed = sum(sizes)
+        if self._windows:
+            # Two windows, each larger than it is to be by less than a shard.
+            share = self.config.window / len(self.train_index)
+            needed = min(needed, round(2 * (share * needed + max(sizes, default=0))))
+        return sum(sizes) + sum(replayed), needed + sum(replayed)
+
+    def _check_room(self) -> None:
+        _, needed = self.far_bytes()
+        if needed > cache_bytes():
+            raise ConfigError(
+                f"data.window: {self.config.window:,} samples and as many ahead take about {needed / 1e9:.3g} GB of "
+                f"{self._where}, replayed ones included, and the cache may have {cache_bytes() / 1e9:.3g} "
+                "(CLIPTAILOR_CACHE_GB); make either fit"
+            )
 
     def _arrangement(self) -> Arrangement | None:
         """Which samples come together; the same for all ranks."""
@@ -229,6 +302,7 @@ class CLIPDataModule(lightning.LightningDataModule):
             self.config.num_workers,
             self._made_from,
             self.config.max_broken,
+            needs=self.needs if any(self._far) and not dataset.keeps("image") else None,
             passes_over=self.anew,  # what Lightning has kept of the loader beside our own position
         )
         if self._position:

@@ -24,6 +24,7 @@ from curate.clip import Clip
 from curate.errors import ConfigError, InputError, UnwantedResult
 from curate.index import MemberReader, read_index
 from curate.keys import shown
+from curate.remote import address
 from curate.shards import shard_folder, shards_of
 from finetune.evaluate import Encoder, pixel_batches
 from finetune.images import FileImages, Images, TarImages, image_files
@@ -82,7 +83,7 @@ def find_pictures(paths: Sequence[Path]) -> Pictures:
     Raises:
         InputError: no such file, or no image found.
     """
-    if len(paths) == 1 and paths[0].is_dir() and shards_of(shard_folder(paths[0])):
+    if len(paths) == 1 and (address(paths[0]) or (paths[0].is_dir() and shards_of(shard_folder(paths[0])))):
         index = read_index(paths[0])
         columns = ("tar", "image_offset", "image_size", "key")
         places = list(zip(*(index.table[name].to_pylist() for name in columns), strict=True))

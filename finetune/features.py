@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from curate.files import atomic, fingerprint
 from curate.index import SampleIndex
+from curate.remote import stamp
 from finetune.config import DataConfig
 from finetune.layers import tower_of
 
@@ -156,10 +156,9 @@ def key_of(tower: str, model: torch.nn.Module, index: SampleIndex, *how: Any) ->
 def _stamp(path: Path) -> list[Any]:
     """What changes with a file's content, but not with the folder it lies in."""
     try:
-        status = os.stat(path)  # noqa: PTH116 - of whatever kind of path
+        return [Path(path).name, *stamp(Path(path))]
     except OSError:
         return [str(path)]
-    return [Path(path).name, status.st_size, status.st_mtime_ns]
 
 
 def compute(

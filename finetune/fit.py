@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from curate.errors import ConfigError, did_you_mean
 from curate.files import write_text
+from curate.remote import shown
 from finetune.checks import check_start
 from finetune.config import SHARDED, FitConfig, TrainerConfig
 from finetune.folder import begin, checkpoint_to_start_from, forget, is_first_process, only_process
@@ -275,7 +276,7 @@ def _monitor(config: FitConfig, metrics: list[str]) -> str | None:
         return USUAL_GAIN if validated and USUAL_GAIN in known else None
     if not validated:
         raise ConfigError(
-            f"evaluate.monitor: {config.data.dataset} has no val split, so nothing is measured in training"
+            f"evaluate.monitor: {shown(config.data.dataset)} has no val split, so nothing is measured in training"
         )
     if asked not in known:
         raise ConfigError(f"evaluate.monitor: nothing measures '{asked}'.{did_you_mean(asked, known)}")

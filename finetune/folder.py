@@ -28,6 +28,7 @@ from curate.clip import weights_fingerprint
 from curate.errors import Busy, ConfigError, InputError
 from curate.files import fingerprint, sweep, write_text
 from curate.options import read_config
+from curate.remote import shown
 from finetune.config import FitConfig
 from finetune.runs import INTERPOLATED
 
@@ -45,6 +46,7 @@ IMMATERIAL = (
     "data.dataset",  # its content counts, not its place
     "data.sources",  # likewise: their pairs, weights and templates are in the fingerprint
     "data.replay_dataset",
+    "data.window",  # likewise, where it plays a part
     "data.num_workers",
     "data.max_broken",
     "data.eval_batch_size",
@@ -244,7 +246,7 @@ def _plain(value: Any) -> Any:
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
-    return str(value) if isinstance(value, Path) else value
+    return shown(value) if isinstance(value, Path) else value
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from curate.errors import InputError
+from curate.cache import ReadAhead
+from curate.errors import CliptailorError, InputError
 from finetune.reading import Batch, OneTower, PairDataset
 from finetune.schedule import Draw, Origin, Schedule
 
@@ -27,6 +29,7 @@ def load(
 
     Raises:
         InputError: more images than `most_broken` cannot be read.
+        Outage: a file far away cannot be fetched.
     """
     loader = DataLoader(
         dataset,
@@ -38,7 +41,7 @@ def load(
     )
     num_broken = 0
     for read in loader:
-        if isinstance(read, InputError):
+        if isinstance(read, CliptailorError):
             raise read
         for row, reason in read.broken:
             num_broken += 1
@@ -67,6 +70,7 @@ class TrainingLoader:
         num_workers: processes that decode.
         made_from: changes with the samples and the seed.
         max_broken: share of an epoch's samples that may be unreadable.
+        needs: the files far away that are needed at a place of an epoch, or soon after; None: none is far away.
         passes_over: states of other samples, instead of refusing them.
     """
 
@@ -78,10 +82,11 @@ class TrainingLoader:
         made_from: str,
         max_broken: float = 0.0,
         *,
+        needs: Callable[[int, int], Sequence[Path]] | None = None,
         passes_over: bool = False,
     ) -> None:
         self.dataset, self.schedule, self.num_workers, self.made_from = dataset, schedule, num_workers, made_from
-        self.max_broken, self.passes_over = max_broken, passes_over
+        self.max_broken, self.needs, self.passes_over = max_broken, needs, passes_over
         self.epoch = self.next_batch = 0
 
     def __len__(self) -> int:
@@ -89,12 +94,25 @@ class TrainingLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, first = self.epoch, self.next_batch
-        draws = (self.schedule.batch(epoch, number) for number in range(first, len(self)))
+        draws = self._draws(epoch, first)
         most_broken = self.max_broken * self.schedule.batch_size * len(self)
         for number, batch in enumerate(load(self.dataset, draws, self.num_workers, most_broken), start=first + 1):
             # Before it is handed out: a checkpoint taken while it is in use counts it as seen.
             self.epoch, self.next_batch = self.schedule.after(epoch, number)
             yield batch
+
+    def _draws(self, epoch: int, first: int) -> Iterator[list[Draw]]:
+        """The batches of the rest of an epoch, as they are asked for; what is far away is fetched ahead of them."""
+        if self.needs is None:
+            yield from (self.schedule.batch(epoch, number) for number in range(first, len(self)))
+            return
+        ahead = ReadAhead()  # its threads begin when the processes of the loader are there
+        try:
+            for number in range(first, len(self)):
+                ahead.want(self.needs(epoch, self.schedule.seen(epoch, number)))
+                yield self.schedule.batch(epoch, number)
+        finally:
+            ahead.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Where to go on, in which data, and in batches of what size the place is told."""

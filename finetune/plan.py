@@ -27,6 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from curate.cache import cache_bytes
+from curate.remote import cache_folder, shown
 from finetune.checks import count_pairs
 from finetune.config import FitConfig
 from finetune.layers import blocks
@@ -71,6 +73,7 @@ class Plan:
         groups: of the trainable parameters.
         captions: how many the context cuts.
         meetings: samples that meet a twin in a batch of the first epoch, though they should not.
+        far: what of the training samples is far away, and how it is read; empty: nothing is.
         features: what becomes of the embeddings of a locked tower; empty: none is locked.
     """
 
@@ -90,6 +93,7 @@ class Plan:
     captions: CaptionLengths
     features: str = ""
     meetings: int = 0
+    far: str = ""
 
 
 def make_plan(config: FitConfig, module: Any, data: Any, trainer: Any) -> Plan:
@@ -123,6 +127,7 @@ def make_plan(config: FitConfig, module: Any, data: Any, trainer: Any) -> Plan:
         captions=data.caption_lengths(module.clip),
         features=_features(module, data, trainer),
         meetings=schedule.meetings(0) if config.data.batches == "without_twins" else 0,
+        far=_far(data),
     )
 
 
@@ -145,6 +150,17 @@ def _pairs(data: Any) -> dict[str, int]:
         "val": count_pairs(data.config.dataset, "val") or 0,
     }
     return {name: count for name, count in counts.items() if count}
+
+
+def _far(data: Any) -> str:
+    all_of_it, at_once = data.far_bytes()
+    if not all_of_it:
+        return ""
+    window = f"shuffled within {data.config.window:,} samples" if data.schedule.order else "shuffled as a whole"
+    return (
+        f"{size(all_of_it)} of tars far away, {window}: about {size(at_once)} here at once; at most "
+        f"{size(cache_bytes())} (CLIPTAILOR_CACHE_GB) in {cache_folder()} (CLIPTAILOR_CACHE)"
+    )
 
 
 def _device(trainer: Any) -> str:
@@ -235,8 +251,10 @@ def rows(plan: Plan) -> Iterator[tuple[str, str]]:
     """(label, text) of each line of the plan."""
     config, memory = plan.config, plan.memory
     counts = [f"{count:,} {'pairs' if name == 'train' else name}" for name, count in plan.pairs.items()]
-    trained_on = ", ".join(str(source.path) for source in config.data.trained_on)
+    trained_on = ", ".join(shown(source.path) for source in config.data.trained_on)
     yield "data", f"{trained_on}: " + ", ".join(counts) + f" · recipe for this size: {recipe(plan)}"
+    if plan.far:
+        yield "far", plan.far
     if plan.captions.too_long:
         yield "texts", f"{plan.captions} and are cut"
     if plan.features:

@@ -20,7 +20,7 @@ from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from curate.errors import InputError
+from curate.errors import CliptailorError, InputError
 from curate.index import Facts, MemberReader, SampleIndex
 from finetune.captions import CachedTokenizer, content_hash
 from finetune.features import UNREAD, Features
@@ -97,14 +97,14 @@ class PairDataset(Dataset[Read]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitems__(self, draws: Sequence[Draw]) -> Read | InputError:
-        """The batch of these samples; an error if nothing readable is found to stand in for one."""
+    def __getitems__(self, draws: Sequence[Draw]) -> Read | CliptailorError:
+        """The batch of these samples; an error if nothing readable stands in for one, or a file cannot be fetched."""
         broken: list[Broken] = []
         try:
             read, images, shown = self.images(draws, broken)
-        except InputError as error:
+            texts, said = self.texts(read)
+        except CliptailorError as error:
             return error
-        texts, said = self.texts(read)
         rows = [draw.row for draw in read]
         group = torch.tensor([*zip(said, map(self._duplicates, rows), shown, strict=True)])
         return Read({**images, **texts, "group": group, "row": torch.tensor(rows)}, broken)
@@ -120,11 +120,11 @@ class PairDataset(Dataset[Read]):
             InputError: nothing readable is found to stand in for one.
         """
         read, seen, ids = zip(*(self._readable(draw, broken) for draw in draws), strict=True)
-        return list(read), {"image" if self._keeps("image") else "pixels": _stacked(seen)}, list(ids)
+        return list(read), {"image" if self.keeps("image") else "pixels": _stacked(seen)}, list(ids)
 
     def texts(self, draws: Sequence[Draw]) -> tuple[Batch, list[int]]:
         """What is said of samples, and an id of each text, as the text tower reads it."""
-        if self.cached and self._keeps("text"):
+        if self.cached and self.keeps("text"):
             embeddings, ids = self.cached.read([draw.row for draw in draws])
             return {"text": embeddings}, ids
         tokens, said = self._tokenize([self._caption(draw) for draw in draws])
@@ -132,7 +132,8 @@ class PairDataset(Dataset[Read]):
         packed = self.pack(seen) if self.pack else None
         return {"tokens": seen} | ({"packed": packed} if packed else {}), said
 
-    def _keeps(self, tower: str) -> bool:
+    def keeps(self, tower: str) -> bool:
+        """Whether the embeddings of a tower are read, and not what it would see."""
         return self.cached is not None and self.cached.tower == tower
 
     def _caption(self, draw: Draw) -> str:
@@ -145,7 +146,7 @@ class PairDataset(Dataset[Read]):
         stand_ins = (self._stand_in(draw, attempt) for attempt in range(_ATTEMPTS))
         for row in itertools.chain([draw.row], stand_ins):
             stand_in = Draw(row, draw.turn)
-            found = self._kept(stand_in) if self._keeps("image") else self._pixels(stand_in)
+            found = self._kept(stand_in) if self.keeps("image") else self._pixels(stand_in)
             if not isinstance(found, Broken):
                 return stand_in, *found
             broken.append(found)
@@ -196,13 +197,13 @@ class OneTower(Dataset[Any]):
         """As the dataset's."""
         return self.dataset.named
 
-    def __getitems__(self, draws: Sequence[Draw]) -> Read | InputError:
-        if self.tower == "text":
-            return Read(self.dataset.texts(draws), [])
+    def __getitems__(self, draws: Sequence[Draw]) -> Read | CliptailorError:
         broken: list[Broken] = []
         try:
+            if self.tower == "text":
+                return Read(self.dataset.texts(draws), [])
             read, images, ids = self.dataset.images(draws, broken)
-        except InputError as error:
+        except CliptailorError as error:
             return error
         # What stands in for a sample is drawn anew each time: of one that cannot be read that alone is kept.
         kept = [image if draw == other else UNREAD for draw, other, image in zip(draws, read, ids, strict=True)]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -116,6 +116,14 @@ class Passes:
         return Draw(int(shuffled(np.array([place_in_turn]), self.num_samples, *seed, turn)[0]), turn)
 
 
+class Order(Protocol):
+    """Another order of the samples of an epoch than one that is shuffled over all of them."""
+
+    def rows(self, place_P: np.ndarray, *seed: int) -> np.ndarray:
+        """The row that comes at each of these places."""
+        ...
+
+
 class Origin(NamedTuple):
     """Where batches of the present size begin: at the first sample of all, or where a run went on with another size.
 
@@ -149,6 +157,7 @@ class Schedule:
         rank: whose slice.
         sources: sizes and weights of the sources that make up num_samples, in the order of the index; none: all once.
         arrangement: which samples come together; None: it is chance.
+        order: of an epoch; None: shuffled over all.
         since: where batches of this size begin.
     """
 
@@ -161,6 +170,7 @@ class Schedule:
     rank: int = 0
     sources: tuple[Passes, ...] = ()
     arrangement: Arrangement | None = None
+    order: Order | None = None
     since: Origin = BEGINNING
 
     @property
@@ -216,13 +226,18 @@ class Schedule:
     def batch(self, epoch: int, number: int) -> list[Draw]:
         """The samples of one batch, fresh ones first."""
         size = self._ends(epoch)[1] if number == self.batches(epoch) - 1 else self.fresh
-        start = self._seen(epoch, number) + size * self.rank
-        places = np.arange(start, start + size)
-        order = _arranged(self, epoch)[places] if self.arrangement else shuffled(places, self.draws, self.seed, epoch)
-        draws = [self._fresh(int(place), epoch) for place in order]
+        start = self.seen(epoch, number) + size * self.rank
+        draws = [self._fresh(int(place), epoch) for place in self._shuffled(np.arange(start, start + size), epoch)]
         return draws + (self._replay(epoch, number) if self.replay else [])
 
-    def _seen(self, epoch: int, number: int) -> int:
+    def _shuffled(self, places: np.ndarray, epoch: int) -> np.ndarray:
+        if self.arrangement:
+            return _arranged(self, epoch)[places]
+        if self.order:
+            return self.order.rows(places, self.seed, epoch)
+        return shuffled(places, self.draws, self.seed, epoch)
+
+    def seen(self, epoch: int, number: int) -> int:
         """Draws of an epoch before one of its batches, of all ranks together."""
         first = self.since if epoch == self.since.epoch else BEGINNING
         return first.seen + (number - first.batches) * self.fresh * self.world_size
@@ -230,7 +245,7 @@ class Schedule:
     def origin(self, epoch: int, number: int) -> Origin:
         """The place of a batch, for a schedule that goes on from there with other batches of the same samples."""
         # A rest too small for a contrast is not left over: it begins a few samples earlier.
-        seen = min(self._seen(epoch, number), self.draws - 2 * self.world_size)
+        seen = min(self.seen(epoch, number), self.draws - 2 * self.world_size)
         return Origin(epoch, number, max(0, seen) if number else 0, self._replayed(epoch, number))
 
     @property

@@ -10,7 +10,7 @@ function of (seed, pass, row), as everything of a sample is, so that workers, ra
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from curate.errors import InputError
 from curate.files import fingerprint
 from curate.index import Facts, MemberReader, SampleIndex
 from curate.pairs import Wanted, read_pairs
+from curate.remote import far
 from curate.shards import shard_folder
 from finetune.config import DataConfig, SourceConfig
 from finetune.labelled import class_name
@@ -170,9 +171,9 @@ def caption_lengths(found: TrainingSet, tokenizer: Callable[..., Tensor], seed: 
     Tokenizers cut without a word. One that had room for one token more shows what it did: a text that fits comes out
     the same with one more token of padding, a text that was cut does not.
     """
-    rows: Iterable[int] = range(len(found.index))
-    if len(found.index) > _COUNTED:
-        rows = np.sort(np.random.default_rng(seed).choice(len(found.index), _COUNTED, replace=False)).tolist()
+    rows: Sequence[int] = range(_counted_among(found.index))
+    if len(rows) > _COUNTED:
+        rows = np.sort(np.random.default_rng(seed).choice(len(rows), _COUNTED, replace=False)).tolist()
     facts, sources = Facts(found.index, MemberReader(found.index.tars)), found.index.table["source"]
     texts = [
         text
@@ -189,6 +190,16 @@ def caption_lengths(found: TrainingSet, tokenizer: Callable[..., Tensor], seed: 
         fits_B = (cut_BL == roomier_BM[:, :context]).all(dim=1) & (roomier_BM[:, context] == padding)
         too_long += int((~fits_B).sum())
     return CaptionLengths(len(texts), too_long, context)
+
+
+def _counted_among(index: SampleIndex) -> int:
+    """All samples; where captions stay in tars far away, those of the first tar: `curate build` has shuffled them."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_null(index.table["captions"].type) and far(index.tars[0]):
+        return int(pc.sum(pc.equal(index.table["tar"], 0)).as_py())
+    return len(index)
 
 
 def _phrased(caption: str, templates: Sequence[str]) -> list[str]:

@@ -17,13 +17,13 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 from curate import fetch, plan
 from curate.config import ColumnsConfig, PlanConfig
 from curate.errors import ConfigError, InputError
 from curate.index import read_index
 from curate.sources import find
+from tests.buckets import s3_server
 from tests.curate.fetching import encoded, images, impatient, jpeg, photo
 
 
@@ -41,22 +41,9 @@ def run(urls, out, **config):
 
 @pytest.fixture(scope="module")
 def bucket():
-    """An S3 server with a bucket `crawl`, and the environment that leads s3fs to it and nowhere else."""
-    server = ThreadedMotoServer("127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        system = fsspec.filesystem("s3")
-        system.mkdir("crawl")
+    """A bucket `crawl` with lists."""
+    with s3_server("crawl") as server:
+        system = server.system
         table = pa.table(
             {"URL": [f"http://a.test/{n}.jpg" for n in range(5)], "TEXT": [f"picture {n}" for n in range(5)]}
         )
@@ -66,7 +53,6 @@ def bucket():
         with system.open("crawl/one.csv", "wb") as file:
             file.write(b'url,caption\nhttp://a.test/1,"a, b"\n')
         yield system
-    server.stop()
 
 
 @pytest.mark.parametrize("urls", ["s3://crawl/lists", "s3://crawl/lists/*.parquet"])

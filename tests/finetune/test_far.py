@@ -1,0 +1,494 @@
+"""Datasets far away: on a real S3 server on loopback, read through a bounded cache, window after window."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from curate import cache, remote
+from curate.cache import fetch
+from curate.clip import load_clip
+from curate.errors import ConfigError, InputError, Outage
+from curate.index import MemberReader, iter_images, read_index
+from curate.remote import cache_folder, far, locked, mirror
+from curate.shards import ShardWriter, shard_folder
+from finetune.cli import main
+from finetune.config import AdapterConfig, DataConfig, KeepConfig, SourceConfig
+from finetune.data import data_fingerprint
+from finetune.embedding import find_pictures
+from finetune.features import key_of
+from finetune.fit import fit
+from finetune.schedule import Schedule
+from finetune.windows import Windows
+from tests.buckets import s3_server
+from tests.finetune import tiny
+from tests.finetune.fitted import tiny_config
+from tests.finetune.test_data import WithClip, assert_same, batches
+from tests.finetune.test_fit_datasets import foreign  # noqa: F401 - a fixture
+
+FAR = Path("s3://far/dataset")
+SHARD = 61_440  # bytes of a tar of eight samples
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Path:
+    """Six shards of eight samples and one of five, a val and a retain split."""
+    folder = tmp_path_factory.mktemp("here")
+    for first, (split, size) in enumerate({"train": 53, "val": 8, "retain": 8}.items()):
+        tiny.write_split(folder, split, size, shard_size=8, first=1000 * first)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(here):
+    with s3_server("far") as found:
+        found.system.put(str(here), "far/dataset", recursive=True)
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIPTAILOR_CACHE", str(tmp_path / "cache"))
+    mirror.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def clip(architectures):
+    return load_clip(architectures["tiny-vit"], device="cpu")
+
+
+def config(dataset: Path = FAR, **fields) -> DataConfig:
+    return DataConfig(**({"dataset": dataset, "batch_size": 6, "num_workers": 0, "window": 16} | fields))
+
+
+def loader(clip, dataset: Path = FAR, **fields):
+    return WithClip(clip, config(dataset, **fields)).train_dataloader()
+
+
+def without_groups(seen):
+    """Batches without the ids of duplicates, which say what is equal in one place and nothing more."""
+    return [{name: value for name, value in batch.items() if name != "group"} for batch in seen]
+
+
+def tars() -> list[Path]:
+    return sorted(cache_folder().glob("*/*/*.tar"))
+
+
+def in_cache() -> int:
+    """Bytes of all tars, whole or not yet, at a moment when none takes its room."""
+    with locked(cache_folder() / ".lock"):
+        # By name: a part may become a tar between two looks.
+        held = {each.path.name.strip(".").removesuffix(".part"): each.size for each in cache._in_cache()}
+    return sum(held.values())
+
+
+# --- the order -------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(1, 40), st.integers(0, 3), st.data())
+def test_window_after_window_an_epoch_is_every_sample_once_from_the_shards_that_are_needed(sizes, window, epoch, data):
+    num_samples, files = sum(sizes), np.repeat(np.arange(len(sizes)) * 2, sizes)
+    windows = Windows.of(pa.chunked_array([pa.array(files[:5]), pa.array(files[5:])]), window)
+    rows = windows.rows(np.arange(num_samples), 7, epoch)
+    assert sorted(rows) == list(range(num_samples))
+    places = data.draw(st.lists(st.integers(0, num_samples - 1), max_size=9))
+    assert windows.rows(np.array(places, int), 7, epoch).tolist() == rows[places].tolist()
+    needed = [windows.needed(place, 7, epoch).tolist() for place in range(num_samples)]
+    for place, row in enumerate(rows):
+        assert files[row] in needed[place]
+        assert place < window or files[row] in needed[place - window]  # a window ahead it is on its way
+    for some in needed:
+        largest = max(sizes)
+        assert sum(sizes[number // 2] for number in some) <= 2 * (window + largest - 1)
+    if num_samples <= window:
+        assert sorted(needed[0]) == sorted(set(files.tolist()))
+
+
+def test_windows_are_shuffled_and_each_epoch_has_another_order():
+    windows = Windows.of(pa.chunked_array([pa.array(np.repeat(np.arange(50), 20))]), 200)
+    first, second = (windows.rows(np.arange(1000), 7, epoch) for epoch in range(2))
+    assert (first != second).mean() > 0.9
+    assert len(set((first[:200] // 20).tolist())) == 10
+    assert set((first[:200] // 20).tolist()) != set((second[:200] // 20).tolist())
+    steps = np.diff(first[:200])
+    assert (steps == 1).mean() < 0.05  # neighbours in a shard come apart
+    assert np.array_equal(
+        Windows.of(pa.chunked_array([pa.array(np.repeat(np.arange(50), 20))]), 200).rows(np.arange(1000), 7, 0), first
+    )
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(4, 12), min_size=2, max_size=8), st.integers(2, 20), st.data())
+def test_cut_into_other_batches_a_windowed_epoch_goes_on_at_its_sample(sizes, window, data):
+    order = Windows.of(pa.chunked_array([pa.array(np.repeat(np.arange(len(sizes)), sizes))]), window)
+    size, world, other_size, other_world = (
+        data.draw(st.integers(2, 6)),
+        *(data.draw(st.integers(1, 3)) for _ in range(3)),
+    )
+    plan = Schedule(sum(sizes), 0, size, 0.0, 7, world, order=order)
+    stopped = data.draw(st.integers(0, len(plan) - 1))
+    seen = [
+        draw.row
+        for number in range(stopped)
+        for rank in range(world)
+        for draw in replace(plan, rank=rank).batch(0, number)
+    ]
+    new = Schedule(sum(sizes), 0, other_size + 1, 0.0, 7, other_world, order=order)
+    new = new.going_on(plan.since, plan.manner, 0, stopped)
+    for number in range(stopped, new.batches(0)):
+        seen += [draw.row for rank in range(other_world) for draw in replace(new, rank=rank).batch(0, number)]
+    # A rest too small for a contrast begins a few samples earlier; ranks leave out what cannot be shared.
+    assert len(set(seen)) > sum(sizes) - other_world
+    assert len(seen) - len(set(seen)) <= 2 * other_world
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_far_away_and_small_a_dataset_gives_the_batches_that_it_gives_here(clip, here, server):
+    fields = {"replay": 0.3, "crop_scale": (0.4, 1.0), "window": 53}
+    near, away = loader(clip, here, **fields), loader(clip, **fields)
+    for _ in range(2):
+        assert_same(*(without_groups(batches(each)) for each in (away, near)))
+    assert data_fingerprint(config(**fields)) == data_fingerprint(config(here, **fields))  # it may move during a run
+    assert data_fingerprint(config()) != data_fingerprint(config(here))  # in windows it has another order
+
+
+def test_window_after_window_each_sample_comes_once_and_each_tar_is_fetched_once(clip, server):
+    alone = loader(clip)
+    expected = [batches(alone) for _ in range(2)]
+    rows = [[int(row) for batch in epoch for row in batch["row"]] for epoch in expected]
+    assert rows[0] != rows[1]
+    assert sorted(rows[0]) == sorted(rows[1]) == list(range(53))
+    assert len({row // 8 for row in rows[0][:12]}) <= 3
+    shutil.rmtree(cache_folder())
+    mirror.cache_clear()
+    del server.requests[:]
+    together = loader(clip, num_workers=2)
+    for epoch in expected:
+        assert_same(batches(together), epoch)
+    fetched = Counter(name for name in server.downloads() if name.endswith(".tar"))
+    assert fetched == {f"train-{number:05d}.tar": 1 for number in range(7)}
+
+
+def test_saved_and_restored_in_an_epoch_a_windowed_loader_goes_on_the_same(clip, server):
+    whole = loader(clip)
+    expected = batches(whole) + batches(whole)
+    for stop in (1, 4, 8):
+        first, rest = loader(clip), loader(clip)
+        seen = [batch for _, batch in zip(range(stop), first, strict=False)]
+        rest.load_state_dict(first.state_dict())
+        assert_same([*seen, *rest, *rest], expected)
+
+
+def test_the_cache_stays_within_its_bound_and_what_was_removed_is_fetched_again(clip, server, monkeypatch):
+    bound = 5 * SHARD
+    monkeypatch.setenv("CLIPTAILOR_CACHE_GB", str(bound / 1e9))
+    del server.requests[:]
+    most, done = [0], threading.Event()
+
+    def look():
+        while not done.is_set():
+            most.append(in_cache())
+
+    watch = threading.Thread(target=look)
+    read = loader(clip, num_workers=2, window=8)
+    watch.start()
+    rows = [int(row) for _ in range(2) for batch in read for row in batch["row"]]
+    done.set()
+    watch.join()
+    assert Counter(rows) == dict.fromkeys(range(53), 2)
+    assert 3 * SHARD < max(most) <= bound
+    fetched = Counter(name for name in server.downloads() if name.endswith(".tar"))
+    assert 7 < sum(fetched.values()) <= 14  # not all could stay for the second epoch; no window was fetched twice
+
+
+def test_the_part_of_a_killed_process_is_removed_for_room_and_not_taken_for_a_tar(server, monkeypatch):
+    index = read_index(FAR, "train")
+    part = index.tars[0].with_name(f".{index.tars[0].name}.part")
+    part.write_bytes(bytes(SHARD))  # by nobody, now
+    monkeypatch.setenv("CLIPTAILOR_CACHE_GB", str(2 * SHARD / 1e9))
+    fetch(index.tars[1])
+    fetch(index.tars[2])
+    assert not part.exists()
+    part.write_bytes(b"half a tar")
+    reader = MemberReader(index.tars)
+    place = index.table.slice(0, 1).to_pylist()[0]
+    assert reader.read(0, place["image_offset"], place["image_size"]) == tiny.picture("red", "circle", 0)
+    assert not part.exists()
+    monkeypatch.setenv("CLIPTAILOR_CACHE_GB", "0.00001")
+    with pytest.raises(
+        ConfigError, match=r"CLIPTAILOR_CACHE_GB: 1e-05, but s3://far/dataset/shards/train-00003\.tar alone"
+    ):
+        fetch(index.tars[3])
+
+
+def test_captions_that_stay_in_tars_far_away_are_read_from_there(clip, here, server, monkeypatch):
+    expected = batches(loader(clip, here, window=53, replay=0.3))
+    monkeypatch.setattr("curate.index.MANY_SAMPLES", 9)
+    module = WithClip(clip, config(window=53, replay=0.3))
+    assert module.train_index.table["captions"].null_count == 53
+    del server.requests[:]
+    assert module.caption_lengths(clip).counted == 8  # of one tar
+    assert server.downloads() == ["train-00000.tar"]
+    assert_same(*(without_groups(each) for each in (batches(module.train_dataloader()), expected)))
+
+
+def test_a_folder_of_img2dataset_far_away_is_indexed_once(foreign, server):  # noqa: F811
+    server.system.put(str(foreign), "far/foreign", recursive=True)
+    index = read_index(Path("s3://far/foreign"))
+    expected = list(iter_images(read_index(foreign)))
+    assert list(iter_images(index)) == expected
+    for tar in tars():
+        tar.unlink()
+    del server.requests[:]
+    assert len(read_index(Path("s3://far/foreign"))) == len(expected)
+    assert server.downloads() == []
+
+
+def test_what_is_kept_of_an_image_does_not_depend_on_whether_its_tar_is_here(clip, server):
+    index = read_index(FAR, "train")
+    table = index.table.append_column("captions", pa.array([["a"]] * 53)).append_column("source", pa.array([0] * 53))
+    index = replace(index, table=table)
+    before = key_of("image", clip.model, index)
+    fetch(index.tars[0])
+    assert key_of("image", clip.model, index) == before
+
+
+def test_the_pictures_of_a_dataset_far_away_can_be_searched(server):
+    found = find_pictures([FAR])
+    assert len(found) == 69
+    assert found.caption(0) == "a red circle"
+    assert found.open(0).size == (48, 40)
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(tmp_path, server) -> Path:
+    """16 samples, of which one is no image."""
+    schema = pa.schema([("key", pa.string()), ("caption", pa.string())])
+    for shard in range(2):
+        with ShardWriter(tmp_path / "d" / "shards" / f"train-{shard:05d}", schema, made_from="test") as writer:
+            for number in range(8):
+                content = b"no image" if (shard, number) == (1, 3) else tiny.picture("red", "circle", number)
+                writer.add({"key": f"k{shard}{number}", "caption": f"{shard} {number}"}, content, "png")
+    server.system.put(str(tmp_path / "d"), "far/damaged", recursive=True)
+    yield Path("s3://far/damaged")
+    server.system.rm("far/damaged", recursive=True)
+
+
+def test_a_corrupt_member_costs_that_sample_is_named_and_beyond_a_share_stops_the_run(clip, damaged, caplog):
+    read = batches(loader(clip, damaged, window=8, max_broken=0.1))
+    assert sum(len(batch["row"]) for batch in read) == 16
+    named = [record.getMessage() for record in caplog.records if "stands in" in record.getMessage()]
+    assert len(named) == 1
+    assert "train-00001.tar: sample k13: the image cannot be decoded" in named[0]
+    with pytest.raises(
+        InputError, match=r"sample k13: .* more than data\.max_broken allows|sample k13: .*build or copy"
+    ):
+        batches(loader(clip, damaged, window=8, max_broken=0.0))
+
+
+def test_a_changed_dataset_is_another_one_and_its_old_mirror_goes(damaged, server, tmp_path):
+    before, folder = data_fingerprint(config(damaged)), shard_folder(damaged)
+    index = read_index(damaged)
+    fetch(index.tars[0])
+    tiny.write_split(tmp_path / "new", "train", 16, shard_size=8)
+    server.system.put(str(tmp_path / "new" / "shards"), "far/damaged/", recursive=True)
+    with pytest.raises(Outage, match=r"s3://far/damaged/shards/train-00001\.tar: is no longer what it was"):
+        fetch(index.tars[1])
+    # The next command; in a process of its own, since this one holds on to the first.
+    held = subprocess.run(
+        [sys.executable, "-c", LOOK, str(damaged)], capture_output=True, text=True, check=True, timeout=60
+    ).stdout.split()
+    assert held[0] != str(folder)
+    assert held[1] != before
+    assert folder.is_dir()
+    os.close(remote._held.pop(folder))
+    subprocess.run([sys.executable, "-c", LOOK, str(damaged)], capture_output=True, check=True, timeout=60)
+    assert not folder.exists()
+
+
+LOOK = """
+import sys
+from pathlib import Path
+from curate.files import digest
+from curate.shards import shard_folder
+folder = shard_folder(Path(sys.argv[1]))
+print(folder, digest(folder / "train-00000.parquet"))
+"""
+
+
+def test_a_tar_that_is_cut_short_is_named(damaged, server):
+    name = "far/damaged/shards/train-00001.tar"
+    content = server.system.cat(name)
+    server.system.pipe(name, content[:-12_000])
+    with pytest.raises(InputError, match=r"s3://far/damaged/shards/train-00001\.tar: .* it is cut short"):
+        read_index(damaged)
+
+
+def test_a_transfer_that_ends_early_is_made_again_and_then_named(server, monkeypatch):
+    from s3fs import S3File
+
+    monkeypatch.setattr(cache, "PAUSES_S", (0.0,))
+    whole, broken = S3File.read, []
+
+    def read(file, length=-1):
+        content = whole(file, length)
+        if broken:
+            broken.pop()
+            return content[:100]
+        return content
+
+    monkeypatch.setattr(S3File, "read", read)
+    tar = read_index(FAR, "train").tars[2]
+    broken[:] = [1]
+    fetch(tar)
+    assert tar.stat().st_size == far(tar).size
+    tar.unlink()
+    broken[:] = [1, 1, 1, 1]
+    with pytest.raises(Outage, match=r"train-00002\.tar: cannot be read: 100 of [\d,]+ bytes came; when it can be"):
+        fetch(tar)
+
+
+def test_a_lost_server_is_told_in_a_line_and_the_run_goes_on_when_it_is_back(clip, server, monkeypatch, tmp_path):
+    monkeypatch.setattr(cache, "PAUSES_S", (0.0,))
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    expected = batches(loader(clip, window=8))
+    shutil.rmtree(cache_folder())
+    mirror.cache_clear()
+    server.system.clear_instance_cache()
+    # Without processes: they would have the server's socket, which so stays open.
+    read, seen = loader(clip, window=8), []
+    for_a_while = iter(read)
+    seen.append(next(for_a_while))
+    server.stop()
+    try:
+        with pytest.raises(Outage, match=r"s3://far/dataset/shards/train-\d+\.tar: cannot be read: Could not connect"):
+            seen += for_a_while
+    finally:
+        server.start()
+    assert len(seen) < len(expected)
+    assert_same([*seen, *read], expected)
+
+
+def test_a_tar_that_is_gone_is_told_by_whatever_process_needs_it(clip, damaged, server):
+    read = loader(clip, damaged, window=8, max_broken=0.5, num_workers=1)
+    server.system.rm("far/damaged/shards/train-00001.tar")
+    with pytest.raises(Outage, match=r"s3://far/damaged/shards/train-00001\.tar: cannot be read any more: "):
+        batches(read)
+
+
+def test_what_is_not_there_is_told_in_one_line(server, monkeypatch, capsys, architectures, tmp_path):
+    def said(dataset: str) -> str:
+        assert main(["fit", "--data.dataset", dataset, "--out", str(tmp_path / "run")]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        return lines[0]
+
+    assert (
+        said("s3://nowhere/dataset")
+        == "finetune: s3://nowhere/dataset: cannot be read: The specified bucket does not exist"
+    )
+    assert "s3://far/nothing: cannot be read: " in said("s3://far/nothing")
+    assert "gs://far/dataset: gs:// needs gcsfs: pip install 'cliptailor[gcs]'" in said("gs://far/dataset")
+    server.system.pipe("far/empty/x.txt", b"")
+    assert "s3://far/empty: no shard (STEM.tar with STEM.parquet)" in said("s3://far/empty")
+    monkeypatch.setenv("CLIPTAILOR_CACHE_GB", "much")
+    with pytest.raises(ConfigError, match=r"CLIPTAILOR_CACHE_GB: expected gigabytes, above 0, got 'much'"):
+        cache.cache_bytes()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    server.system.clear_instance_cache()
+    assert said("s3://far/dataset") == "finetune: s3://far/dataset: cannot be read: Unable to locate credentials"
+    server.system.clear_instance_cache()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"batches": "by_length"}, r"data\.batches: by_length rearranges a whole epoch, and s3://far/dataset is read"),
+        (
+            {"sources": [SourceConfig(path=FAR), SourceConfig(path=FAR, weight=0.5)]},
+            r"data\.sources\[1\]\.weight: 0\.5, and s3://far/dataset, s3://far/dataset is read shard after shard",
+        ),
+    ],
+)
+def test_what_needs_the_whole_epoch_is_refused_where_it_is_read_in_windows(clip, server, fields, said):
+    with pytest.raises(ConfigError, match=said):
+        WithClip(clip, config(**fields))
+    WithClip(clip, config(**fields, window=1000))
+
+
+def test_a_window_that_does_not_fit_into_the_cache_is_refused(clip, server, monkeypatch):
+    monkeypatch.setenv("CLIPTAILOR_CACHE_GB", str(3 * SHARD / 1e9))
+    with pytest.raises(
+        ConfigError, match=r"data\.window: 16 samples and as many ahead take about .* \(CLIPTAILOR_CACHE_GB\)"
+    ):
+        WithClip(clip, config())
+    monkeypatch.setenv("CLIPTAILOR_CACHE_GB", str(5 * SHARD / 1e9))
+    WithClip(clip, config(window=8))
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+FIT = "import pickle, sys; from finetune.fit import fit; fit(pickle.loads(open(sys.argv[1], 'rb').read()))"
+
+
+def test_killed_in_the_middle_of_an_epoch_a_run_ends_with_the_same_weights(server, architectures, tmp_path, capsys):
+    unbroken = tiny_config(tmp_path / "unbroken", FAR, architectures["tiny-vit"], AdapterConfig(kind="full"), steps=14)
+    data = replace(unbroken.data, batch_size=6, window=16, num_workers=1, replay=0.2, crop_scale=(0.5, 1.0))
+    unbroken = replace(
+        unbroken,
+        trainer=replace(unbroken.trainer, val_check_interval=14, log_every_n_steps=1),
+        data=data,
+        keep=KeepConfig(interpolate=0),
+        checkpoint_every_n_steps=2,
+    )
+    killed = replace(unbroken, out=tmp_path / "killed")
+    (tmp_path / "config").write_bytes(pickle.dumps(killed))
+    process = subprocess.Popen([sys.executable, "-c", FIT, str(tmp_path / "config")], start_new_session=True)
+    last, until = killed.out / "checkpoints" / "last.ckpt", time.monotonic() + 120
+    while not last.exists():
+        assert time.monotonic() < until
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed.out / "finished.json").exists()
+    assert fit(killed).resumed
+    fit(unbroken)
+    ours, expected = (
+        torch.load(run.out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]  # noqa: TID251 - our own
+        for run in (killed, unbroken)
+    )
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in ours)
+    assert "dataset: s3://far/dataset\n" in (killed.out / "config.yaml").read_text()
+    # The commands that look at a run find its splits there too.
+    shutil.rmtree(cache_folder())
+    mirror.cache_clear()
+    assert main(["validate", "--run", str(killed.out), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "val/image_to_text/recall@1" in out
+    assert "of tars far away, shuffled within 16 samples" in err  # the plan
