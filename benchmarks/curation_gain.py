@@ -310,10 +310,10 @@ def gain(name: str, ours: Sequence[float], other: Sequence[float]) -> dict[str, 
 
 
 def sweep(setting: Setting, shares: Sequence[float]) -> dict[str, float]:
-    """The gain over all that arrived, by the share of junk: that of the crawl, which has four rows of a kind at least."""
+    """The gain over all that arrived, by the share of junk that the crawl has: four rows of a kind at least."""
     found = {}
-    print("\n| junk | pairs, uncurated | clean of those | curated | clean of those | recall@1, uncurated | curated | gain |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ("junk", "pairs, uncurated", "clean", "curated", "clean", "recall@1, uncurated", "curated", "gain")
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for share in shares:
         crawled, scores = crawl(setting, share), dict[str, list[float]]()
         for arm in ("uncurated", "curated"):
