@@ -11,9 +11,10 @@ export OMP_NUM_THREADS ?= 1
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.lock pyproject.toml
+$(VENV)/.installed: requirements.lock requirements-peers.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --requirement requirements-peers.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -32,7 +33,8 @@ lint: install
 bench: install
 	for script in $(filter-out benchmarks/select.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script --quick || exit 1; done
 
-# Renew the locked versions; a week's cool-down keeps out what was published today.
+# Renew the locked versions; a week's cool-down keeps out what was published today. requirements-peers.lock, one
+# package, is renewed by hand.
 lock:
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --generate-hashes \
 	  --constraint constraints.txt --exclude-newer "1 week" --output-file requirements.lock

@@ -8,8 +8,8 @@ anew into train, val and test. All see the same number of samples, in batches of
 
     full          all weights, domain pairs alone
     lora          LoRA, domain pairs alone
-    retain        LoRA, three quarters of each batch general pairs, embeddings held to the start, and the best CLIP
-                  between start and end that loses at most a point on the retain split
+    retain        LoRA, three quarters of each batch general pairs, embeddings and weights held to the start, and the
+                  best CLIP between start and end that loses at most a point on the retain split
     open_clip     open_clip_train, all weights, domain pairs alone; of three learning rates the best by the val split
 
 `gain` is the zero-shot accuracy on digits that nobody trained on (top-1 of 10), after − before; `retention_loss` what
@@ -55,7 +55,7 @@ ALONE = ["--data.replay", "0", "--keep.interpolate", "0"]
 OURS = {
     "full": ["--model.adapter.kind", "full", "--model.optimizer.lr", "1e-3", *ALONE],
     "lora": ALONE,
-    "retain": ["--data.replay", "0.75", "--model.loss.distill_feature", "0.3"],
+    "retain": ["--data.replay", "0.75", "--model.loss.distill_feature", "0.3", "--model.loss.l2_start", "1e-3"],
 }
 
 

@@ -3,6 +3,7 @@
     python benchmarks/curation_gain.py             five seeds, four shares of junk; about half an hour on one core
     python benchmarks/curation_gain.py --quick     one seed, half the steps, one share; a few minutes
     python benchmarks/curation_gain.py --work DIR  keep everything in DIR; a second run, and data_scaling.py, reuse it
+    python benchmarks/curation_gain.py --junk 0 0.1 --seeds 2    only the gain over all that arrived, at these shares
 
 A crawl of 3,000 rows for the domain of food: 112 concepts of OpenMoji, drawn many times (demo/mix.py), of which each
 row's kind is known to the benchmark and not to the pipeline. 70 % of the rows are junk, since the best share of a web
@@ -132,7 +133,13 @@ class Crawl:
 
 
 def main() -> None:
-    with benchmark(__doc__) as (setting, quick):
+    parser = arguments(__doc__)
+    parser.add_argument("--junk", type=float, nargs="+", help="only the gain over all that arrived, at these shares")
+    given = parser.parse_args()
+    with benchmark(given) as setting:
+        if given.junk:
+            print(json.dumps({"seeds": setting.seeds, "gain_by_junk": sweep(setting, given.junk)}))
+            return
         typical = crawl(setting, TYPICAL)
         print_crawl(typical)
         found: dict[str, list[float]] = {arm: [] for arm in ARMS}
@@ -148,24 +155,28 @@ def main() -> None:
             figures |= gain(f"gain_vs_{other}", found["curated"], found[other])
         figures |= {f"score_{arm.strip('+ ').replace(' ', '_')}": round(mean(found[arm]), 4) for arm in ARMS}
         figures["start"] = round(score(setting, typical, "curated", [], 0, "before"), 4)
-        if not quick:
-            figures["gain_by_junk"] = sweep(setting)
+        if not given.quick:
+            figures["gain_by_junk"] = sweep(replace(setting, seeds=1), SHARES)
     print(json.dumps(figures))
 
 
-@contextmanager
-def benchmark(description: str | None, **options: Any) -> Iterator[tuple[Setting, bool]]:
-    """Parse the command line, train the CLIP to start from, and say what runs; gives the setting and whether --quick.
-
-    Args:
-        description: of the script.
-        **options: of Setting, at its full size.
-    """
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options of a script of this kind."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, half the steps")
     parser.add_argument("--seeds", type=int, help="other than usual")
     parser.add_argument("--work", type=Path, help="folder to keep everything in")
-    given = parser.parse_args()
+    return parser
+
+
+@contextmanager
+def benchmark(given: argparse.Namespace, **options: Any) -> Iterator[Setting]:
+    """Train the CLIP to start from, and say what runs; gives the setting.
+
+    Args:
+        given: what `arguments` reads.
+        **options: of Setting, at its full size.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         setting = Setting(given.work or Path(temporary), **options)
         if given.quick:
@@ -174,7 +185,7 @@ def benchmark(description: str | None, **options: Any) -> Iterator[tuple[Setting
             setting = replace(setting, seeds=given.seeds)
         print(f"{platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}", flush=True)
         start(setting)
-        yield setting, given.quick
+        yield setting
 
 
 # --- the start, the crawl ---------------------------------------------------------------------------------------------
@@ -219,13 +230,16 @@ def _build(setting: Setting, work: Path, mix: Mix) -> None:
     for name, body in mix.test.items():
         (work / "test" / name).write_bytes(body)
     clip = setting.work / "clip"
-    recipe = quality.domain_recipe(work, *quality.thresholds(clip, trusted))
-    recipe["measure"]["clip"]["name"] = f"local-dir:{clip}"
-    recipe["pack"] = {"val": 0, "test": 0}
-    recipe["fetch"] = {"image_size": 64}  # the CLIP sees 32 × 32
+    made = recipe(work, clip, *quality.thresholds(clip, trusted))
     with serving(mix.bodies, []) as web:
         quality.write_list(work / "list.parquet", mix, web)
-        quality.build(work, recipe, web)
+        quality.build(work, made, web)
+
+
+def recipe(work: Path, clip: Path, on_topic: float, aligned: float) -> dict[str, Any]:
+    """Configuration of `curate build`: the domain's, all of it packed to train on."""
+    small = {"pack": {"val": 0, "test": 0}, "fetch": {"image_size": 64}}  # the CLIP sees 32 × 32
+    return quality.domain_recipe(work, clip, on_topic, aligned) | small
 
 
 def _arrived(line: Mapping[str, Any]) -> bool:
@@ -295,24 +309,21 @@ def gain(name: str, ours: Sequence[float], other: Sequence[float]) -> dict[str, 
     return {key: round(value, 3) for key, value in told.items()}
 
 
-def sweep(setting: Setting) -> dict[str, float]:
-    """The gain over all that arrived, by the share of junk; one seed but at the typical share."""
+def sweep(setting: Setting, shares: Sequence[float]) -> dict[str, float]:
+    """The gain over all that arrived, by the share of junk that the crawl has: four rows of a kind at least."""
     found = {}
-    print("\n| junk | pairs, uncurated | curated | clean of those | recall@1, uncurated | curated | gain |")
-    print("|---|---|---|---|---|---|---|")
-    for junk in SHARES:
-        crawled, scores = crawl(setting, junk), dict[str, list[float]]()
+    columns = ("junk", "pairs, uncurated", "clean", "curated", "clean", "recall@1, uncurated", "curated", "gain")
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for share in shares:
+        crawled, scores = crawl(setting, share), dict[str, list[float]]()
         for arm in ("uncurated", "curated"):
-            seeds = range(setting.seeds if junk == TYPICAL else 1)
-            scores[arm] = [score(setting, crawled, arm, keys(crawled, arm, seed), seed) for seed in seeds]
+            scores[arm] = [score(setting, crawled, arm, keys(crawled, arm, n), n) for n in range(setting.seeds)]
         told = gain("gain", scores["curated"], scores["uncurated"])
-        found[f"{junk:.0%}"] = told["gain"]
-        pairs_ = " | ".join(f"{len(keys(crawled, arm, 0)):,}" for arm in scores)
+        junk = f"{1 - crawled.kinds.count('clean') / len(crawled.kinds):.1%}"
+        found[junk] = told["gain"]
+        sizes = " | ".join(f"{len(keys(crawled, arm, 0)):,} | {clean_share(crawled, arm):.0%}" for arm in scores)
         reached = " | ".join(spread(values) for values in scores.values())
-        print(
-            f"| {junk:.0%} | {pairs_} | {clean_share(crawled, 'curated'):.0%} | {reached} | {told['gain']:+.1%} |",
-            flush=True,
-        )
+        print(f"| {junk} | {sizes} | {reached} | {told['gain']:+.1%} |", flush=True)
     return found
 
 

@@ -24,7 +24,7 @@ import json
 import random
 from statistics import mean, stdev
 
-from benchmarks.curation_gain import TYPICAL, Crawl, Setting, benchmark, crawl, keys, score
+from benchmarks.curation_gain import TYPICAL, Crawl, Setting, arguments, benchmark, crawl, keys, score
 
 FRACTIONS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # the least is still a batch of curated pairs
 ARMS = ("curated", "uncurated")
@@ -33,7 +33,7 @@ Curve = list[tuple[float, float, float | None]]  # pairs, recall@1, its standard
 
 
 def main() -> None:
-    with benchmark(__doc__, seeds=3) as (setting, _):
+    with benchmark(arguments(__doc__).parse_args(), seeds=3) as setting:
         crawled = crawl(setting, TYPICAL)
         curves = {arm: curve(setting, crawled, arm) for arm in ARMS}
         before = score(setting, crawled, "curated", [], 0, "before")

@@ -89,13 +89,14 @@ class Alarms(lightning.Callback):
                     batch_size=len(embeddings),
                     sync_dist=trainer.world_size > 1,
                 )
-                self._compare(module, tower, found, step)
+                self._compare(module, tower, found, len(embeddings), step)
 
-    def _compare(self, module: Any, tower: str, found: Spread, step: int) -> None:
+    def _compare(self, module: Any, tower: str, found: Spread, pairs: int, step: int) -> None:
         began = self.start.setdefault(tower, found.rank)
         contrast = found.distance * float(module.model.logit_scale.detach().exp())
         # The rank of random weights means nothing yet, and falls first as they learn where the data lies.
-        fell = found.rank < FALLEN * began and not module.from_scratch
+        # An epoch's last batch may hold fewer pairs than the rank was at the start, and has no higher rank than that.
+        fell = found.rank < FALLEN * min(began, pairs) and not module.from_scratch
         if tower in self.warned or (contrast >= LEAST_CONTRAST and not fell):
             return
         self.warned.append(tower)

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 
 from benchmarks import curation_gain, data_scaling, quality
+from curate.config import BuildConfig
 from curate.options import read_config
 from demo.mix import COUNTS, FOOD, concepts, make_mix, pairs
 from finetune.config import FitConfig
@@ -83,6 +84,15 @@ def test_the_configuration_of_a_training_is_one_that_finetune_reads(crawled, tmp
     assert (config.trainer.max_steps, config.trainer.max_epochs, config.seed_everything) == (7, None, 3)
     assert config.data.replay == 0
     assert config.keep.interpolate == 0
+
+
+def test_the_recipe_of_a_crawl_is_one_that_curate_reads_and_packs_all_to_train_on(tmp_path):
+    made = curation_gain.recipe(tmp_path, tmp_path / "clip", 0.8, 0.5)
+    config = read_config(quality.write_yaml(tmp_path / "build.yaml", made), BuildConfig)
+    assert config.measure.clip.name == f"local-dir:{tmp_path / 'clip'}"
+    assert (config.pack.val, config.pack.test, config.fetch.image_size) == (0, 0, 64)
+    (aligned,) = [step for step in config.filters if step["name"] == "aligned"]
+    assert aligned["where"] == "clip_score >= 0.5"
 
 
 def test_parts_of_a_crawl_lie_within_each_other(crawled):

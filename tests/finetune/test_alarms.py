@@ -70,11 +70,23 @@ def test_a_rank_that_falls_is_told_where_the_start_was_pretrained(dataset, archi
         alarms = Alarms(1, 1)
         with caplog.at_level(logging.WARNING, logger="cliptailor"):
             for step, rank in enumerate((8.0, 2.1, 1.9, 1.8)):
-                alarms._compare(module, "image", Spread(0.3, rank), step)
+                alarms._compare(module, "image", Spread(0.3, rank), 16, step)
         told = [record.getMessage() for record in caplog.records if record.name == "cliptailor"]
         assert len(told) == times
         assert all("step 2: the image embeddings are collapsing" in line for line in told)
         caplog.clear()
+
+
+def test_an_epochs_last_few_pairs_are_no_collapse(architectures, tmp_path, caplog):
+    """Four pairs as far apart as can be have rank four, whatever a whole batch had."""
+    torch.save(load_clip(architectures["tiny-vit"], device="cpu").model.state_dict(), tmp_path / "w.pt")
+    module = CLIPModule({"name": architectures["tiny-vit"], "pretrained": str(tmp_path / "w.pt")}, {"kind": "full"})
+    alarms, whole = Alarms(1, 1), torch.nn.functional.normalize(torch.randn(128, 32), dim=1)
+    with caplog.at_level(logging.WARNING, logger="cliptailor"):
+        for step, embeddings in enumerate((whole, torch.eye(32)[:4])):
+            alarms._compare(module, "image", spread(embeddings), len(embeddings), step)
+    assert alarms.start["image"] > 4 * 4
+    assert not [record for record in caplog.records if "collapsing" in record.getMessage()]
 
 
 def test_a_run_that_learns_is_left_alone(dataset, architectures, tmp_path, caplog):

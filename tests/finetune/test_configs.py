@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -84,6 +86,35 @@ def test_a_recipe_runs(name, dataset, architectures, tmp_path, capsys):
     made = read_config(tmp_path / "run" / "config.yaml", FitConfig)
     assert (made.model.adapter, made.model.optimizer) == (given.model.adapter, given.model.optimizer)
     assert "plan: steps   1 " in capsys.readouterr().err
+
+
+def test_the_recipe_against_forgetting_holds_the_clip_in_every_way(dataset, architectures, tmp_path):
+    """Replay, distillation, L2 to the start, and the way between start and end: each at work, not merely set."""
+    from curate.clip import load_clip
+    from finetune.export import write_open_clip
+
+    (tmp_path / "start").mkdir()
+    write_open_clip(load_clip(architectures["tiny-vit"], device="cpu"), tmp_path / "start")
+    clip = f"--model.clip.name local-dir:{tmp_path / 'start'} --model.clip.pretrained null"
+    data = f"--data.dataset {dataset} --data.batch_size 10 --data.num_workers 0 --out {tmp_path / 'run'}"
+    steps = "--trainer.accelerator cpu --trainer.max_steps 3 --trainer.log_every_n_steps 1 --keep.interpolate 2"
+    assert main(f"fit --config retain {clip} {data} {steps}".split()) == 0
+    made, given = (
+        read_config(path, FitConfig)
+        for path in (tmp_path / "run" / "config.yaml", CONFIGS / "finetune" / "retain.yaml")
+    )
+    assert (made.model.adapter, made.model.optimizer, made.model.loss) == (
+        given.model.adapter,
+        given.model.optimizer,
+        given.model.loss,
+    )
+    assert made.data.replay == 0.3
+    assert made.model.optimizer.weight_decay == 0, "which pulls elsewhere than l2_start"
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/l2_start"]]
+    assert float(rows[0]["train/l2_start"]) == float(rows[0]["train/distill_feature"]) == 0
+    assert float(rows[-1]["train/l2_start"]) > 0 < float(rows[-1]["train/distill_feature"])
+    assert len(json.loads((tmp_path / "run" / "interpolation.json").read_text())["points"]) == 3
 
 
 @pytest.mark.parametrize("name", SIZES)
