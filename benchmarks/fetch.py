@@ -22,16 +22,14 @@ import asyncio
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -42,8 +40,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import simplejpeg
-from sklearn.datasets import load_sample_image
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(REPOSITORY)
+
+from benchmarks.shared.cost import Cost, spend
+from benchmarks.shared.photographs import photograph
 from curate.images import Resize, decode, resized
 
 RGB = npt.NDArray[np.uint8]
@@ -114,21 +117,13 @@ TOOLS = {"img2dataset": (IMG2DATASET, ""), "curate": (CURATE, "raw"), "bare": (B
 
 
 def photographs(count: int) -> Iterator[bytes]:
-    """JPEGs of cuts from the two photographs: each shows most of one, mirrored or not, scaled to its size."""
+    """JPEGs of cuts from the two photographs, of the sizes in their shares."""
     random = np.random.default_rng(0)
-    photos = [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
     sizes, shares = list(SIZES), np.array(list(SIZES.values()))
     # As many of each size as its share says, whatever the draw.
     places = np.searchsorted(np.cumsum(shares) / shares.sum(), (np.arange(count) + 0.5) / count)
     for place in random.permutation(places):
-        width, height = sizes[place]
-        photo = photos[random.integers(2)][:, :: random.choice((1, -1))]
-        scale = max(width / photo.shape[1], height / photo.shape[0]) * float(random.uniform(1.0, 1.4))
-        filter_ = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-        photo = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=filter_)
-        top, left = random.integers(photo.shape[0] - height + 1), random.integers(photo.shape[1] - width + 1)
-        cut = np.ascontiguousarray(photo[top : top + height, left : left + width])
-        yield simplejpeg.encode_jpeg(cut, quality=int(random.integers(70, 91)), colorsubsampling="420")
+        yield photograph(random, sizes[place], quality=(70, 91))
 
 
 class Answering(asyncio.Protocol):
@@ -191,94 +186,6 @@ def write_list(path: Path, port: int, rows: int, bodies: int) -> Path:
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a command took.
-
-    Attributes:
-        cpu_s: of its process tree.
-        wall_s: from start to end.
-        tree_mb: most memory of the tree at one time, what is shared counted once (PSS).
-        worker_mb: most memory of any one process below the first (resident).
-    """
-
-    cpu_s: float
-    wall_s: float
-    tree_mb: float
-    worker_mb: float
-
-    @classmethod
-    def median(cls, costs: list[Cost]) -> Cost:
-        """The median of each figure."""
-        return cls(*(statistics.median(getattr(cost, field.name) for cost in costs) for field in fields(cls)))
-
-
-def spend(command: list[str]) -> Cost:
-    """Run a command and say what it took.
-
-    Raises:
-        subprocess.CalledProcessError: it failed.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONWARNINGS": "ignore"}
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
-        memory = Memory(process.pid)
-        status = process.wait()
-        wall_s = time.monotonic() - started
-        memory.stop()
-        if status:
-            said.seek(0)
-            sys.stderr.write(said.read().decode(errors="replace")[-3000:])
-            raise subprocess.CalledProcessError(status, command[:2])
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Cost(cpu_s, wall_s, memory.tree_kb / 1024, memory.worker_kb / 1024)
-
-
-class Memory:
-    """Watches the memory of a process tree, twice a second, in a thread."""
-
-    def __init__(self, root: int) -> None:
-        self.root, self.tree_kb, self.worker_kb = root, 0, 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Look no more."""
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.5):
-            below = descendants(self.root)
-            self.tree_kb = max(self.tree_kb, sum(figure(pid, "smaps_rollup", "Pss:") for pid in (self.root, *below)))
-            self.worker_kb = max(self.worker_kb, *(figure(pid, "status", "VmHWM:") for pid in below), 0)
-
-
-def descendants(root: int) -> list[int]:
-    """Processes below another, at any depth."""
-    parents: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, IndexError):
-            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            parents.setdefault(parent, []).append(int(path.name))
-    found, new = [], [root]
-    while new:
-        new = [child for pid in new for child in parents.get(pid, [])]
-        found += new
-    return found
-
-
-def figure(pid: int, file: str, name: str) -> int:
-    """A line of /proc/PID/FILE in kB; 0 when the process is gone."""
-    with suppress(OSError, StopIteration):
-        lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith(name)).split()[1])
-    return 0
 
 
 def arrived(folder: Path) -> int:

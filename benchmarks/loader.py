@@ -37,61 +37,35 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from importlib.metadata import version
-from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import cv2
 import numpy as np
-import pyarrow as pa
 import simplejpeg
 import torch
-from sklearn.datasets import load_sample_images
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
-from curate.index import MemberReader, read_index  # noqa: E402
-from curate.shards import ShardWriter, shard_name  # noqa: E402
+from benchmarks.shared.peer import read_todays_tars
+from benchmarks.shared.photographs import WEB_QUALITY, photograph, write_shards
+from curate.index import MemberReader, read_index
 
 SIZE, BATCH, SCALE, SHARD = 224, 64, (0.9, 1.0), 128
-SIZES = ((500, 375), (500, 375), (375, 500))
 DRIFT_SIZES = ((320, 240), (500, 375), (640, 480), (1024, 768), (2048, 1536))
 ARMS = ("open_clip", "ours", "ours, exact", "decode and resize")
-# What stands in the captions: as long as web captions are, 11 words by the median.
-WORDS = """a photo of the old town market square with people walking in summer rain near church bridge river boats
-sunset red dress size cotton sale free shipping new york vintage - | 2019 ; how to make home's""".split()  # noqa: SIM905 - text
 
 
 # --- photographs ------------------------------------------------------------------------------------------------------
 
 
-def photographs(count: int, sizes: tuple[tuple[int, int], ...]) -> Iterator[bytes]:
-    """JPEGs of cuts from the two photographs: each shows most of one, mirrored or not, scaled to its size."""
+def photographs(count: int, size: tuple[int, int]) -> Iterator[bytes]:
+    """JPEGs of that width and height."""
     random = np.random.default_rng(0)
-    photos = load_sample_images().images
-    for _, (width, height) in zip(range(count), cycle(sizes), strict=False):
-        photo = photos[random.integers(2)][:, :: random.choice((1, -1))]
-        scale = max(width / photo.shape[1], height / photo.shape[0]) * float(random.uniform(1.0, 1.4))
-        filter_ = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-        photo = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=filter_)
-        top, left = random.integers(photo.shape[0] - height + 1), random.integers(photo.shape[1] - width + 1)
-        cut = np.ascontiguousarray(photo[top : top + height, left : left + width])
-        yield simplejpeg.encode_jpeg(cut, quality=int(random.integers(80, 96)), colorsubsampling="420")
-
-
-def write_tars(folder: Path, count: int) -> None:
-    random = np.random.default_rng(1)
-    schema = pa.schema([("key", pa.string()), ("caption", pa.string())])
-    photos = photographs(count, SIZES)
-    for shard in range(-(-count // SHARD)):
-        with ShardWriter(folder / shard_name(shard), schema, made_from="benchmark") as writer:
-            for number in range(shard * SHARD, min(count, (shard + 1) * SHARD)):
-                length = max(3, round(11 * random.lognormal(0, 0.5)))
-                caption = " ".join(random.choice(WORDS, length)).capitalize()
-                writer.add({"key": f"{number:06d}", "caption": caption}, next(photos), "jpg")
+    for _ in range(count):
+        yield photograph(random, size, WEB_QUALITY)
 
 
 # --- an arm, in a process of its own ----------------------------------------------------------------------------------
@@ -116,10 +90,7 @@ def open_clip_train(folder: Path, count: int) -> float:
     from open_clip.transform import image_transform
     from open_clip_train import data
 
-    # webdataset tells the end of a file by a record without a name, on which open_clip_train 3.3.0 stumbles
-    # (open_clip#935): it is left out here.
-    expand = data.tar_file_expander
-    data.tar_file_expander = lambda *given, **how: (each for each in expand(*given, **how) if "fname" in each)
+    read_todays_tars()
     tars = sorted(str(path) for path in folder.glob("*.tar"))
     told = Namespace(
         train_data="::".join(tars), train_num_samples=count, train_data_upsampling_factors=None, seed=0,
@@ -211,7 +182,7 @@ def drift(count: int) -> dict[str, float]:
     print("\n| photographs | fast and exact, mean | most | two crops, mean |\n|---|---|---|---|", flush=True)
     rows = []
     for width, height in DRIFT_SIZES:
-        content = list(photographs(count, ((width, height),)))
+        content = list(photographs(count, (width, height)))
         exact = embedded(content, 0, fast=False)
         decoded, cropped = (
             1 - (embedded(content, seed, fast=fast) * exact).sum(dim=1) for seed, fast in ((0, True), (1, False))
@@ -267,7 +238,7 @@ def main() -> None:
 
     count, rounds = (256, 1) if given.quick else (1024, 5)
     with tempfile.TemporaryDirectory() as folder:
-        write_tars(Path(folder), count)
+        write_shards(Path(folder), count, SHARD)
         size = sum(path.stat().st_size for path in Path(folder).glob("*.tar"))
         print(
             f"{platform.machine()}, {os.cpu_count()} cores, one thread, torch {version('torch')}, open_clip "

@@ -6,6 +6,8 @@
 
 All end as one `SampleIndex`: an image that is a file of its own is a member at offset 0 that is as long as the file.
 So one reader reads them all. Rows that name the same image are one sample with several captions.
+
+DuckDB is imported where it is asked: a dataset of shards, read as it is, needs none.
 """
 
 from __future__ import annotations
@@ -17,14 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curate.database import arrow_table, column_types, connect, quoted
 from curate.errors import ConfigError, InputError, did_you_mean
-from curate.expressions import readable, scalar_expression
 from curate.index import SampleIndex, read_index, read_places
-from curate.lists import CAPTION_NAMES, readable_list, reader
 from curate.remote import address
 from curate.shards import shard_folder, shards_of
-from curate.sources import find
 
 if TYPE_CHECKING:
     import duckdb
@@ -112,6 +110,9 @@ def _of_shards(path: Path, wanted: Wanted, split: str, scratch: Path) -> SampleI
     caption = _column(f"{wanted.key}.caption", wanted.caption or "caption", there, first)
     grouped = ["duplicate_group"] if "duplicate_group" in there else []
     if wanted.where:
+        from curate.database import connect
+        from curate.expressions import scalar_expression
+
         with connect(MEMORY_LIMIT, 0, scratch / "spill", []) as db:
             used = scalar_expression(db, f"{wanted.key}.where", wanted.where, there).columns
             index = read_index(path, split, list(dict.fromkeys([caption, *used, *grouped])))
@@ -133,6 +134,9 @@ def _of_shards(path: Path, wanted: Wanted, split: str, scratch: Path) -> SampleI
 def _rows_that_fit(db: duckdb.DuckDBPyConnection, table: pa.Table, wanted: Wanted) -> pa.Array:
     """Numbers of the rows for which the expression is true."""
     import pyarrow as pa
+
+    from curate.database import arrow_table, column_types
+    from curate.expressions import readable, scalar_expression
 
     db.register("listed", table.append_column("row_", pa.array(range(len(table)), pa.int64())))
     expression = scalar_expression(db, f"{wanted.key}.where", wanted.where or "true", column_types(db, "listed"))
@@ -159,6 +163,10 @@ def _lists(captions: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _of_list(path: Path, wanted: Wanted, scratch: Path) -> SampleIndex:
     """Any other form: `curate.sources` makes a list of it, which has the places, or it is a list with paths."""
+    from curate.database import column_types, connect, quoted
+    from curate.lists import CAPTION_NAMES, readable_list, reader
+    from curate.sources import find
+
     listed = find(str(path), scratch)
     with connect(MEMORY_LIMIT, 0, scratch / "spill", list(listed.paths)) as db, readable_list(listed):
         relation = reader(db, listed)
@@ -200,6 +208,9 @@ def _select(db: duckdb.DuckDBPyConnection, relation: str, places: _Places, capti
 
     The rows are numbered before they are filtered, so that a message names the row as the user's editor counts it.
     """
+    from curate.database import arrow_table, column_types, quoted
+    from curate.expressions import readable, scalar_expression
+
     types = column_types(db, relation)
     where = "true"
     if wanted.where:

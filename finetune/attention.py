@@ -57,15 +57,17 @@ class SplitAttention(nn.Module):
         """
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        q = _heads(self.q_proj(query), self.num_heads)
-        k = _heads(self.k_proj(key), self.num_heads)
-        v = _heads(self.v_proj(value), self.num_heads)
+        q, k, v = (_heads(x, self.num_heads) for x in self.project(query, key, value))
         mask = _additive(attn_mask, q)
         dropout = self.dropout if self.training else 0.0
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         out = self.out_proj(mixed.transpose(1, 2).flatten(2))
         weights = _attention_weights(q, k, mask).mean(dim=1) if need_weights else None
         return (out if self.batch_first else out.transpose(0, 1)), weights
+
+    def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, each (B, …, D), before they are split into heads."""
+        return self.q_proj(query), self.k_proj(key), self.v_proj(value)
 
     def join(self) -> nn.MultiheadAttention:
         """The same attention as one packed module."""

@@ -6,9 +6,9 @@ The memory is an estimate of a device's peak in training, the sum of
     gradients     of what is trained
     AdamW         two moments of what is trained
     activations   what autograd keeps for the backward pass, times the pairs that go through the towers at once.
-                  Measured, not calculated: the towers see two pairs and then three, as fake tensors, which have shapes
-                  but no numbers; the difference of what is saved is the cost of a pair, and the weights among it cancel
-                  out. With gradient checkpointing what a block needs while it is computed again comes on top
+                  Measured, not calculated: the towers see a thousand pairs as fake tensors, which have shapes but no
+                  numbers, and what is saved is looked at. With gradient checkpointing what a block needs while it is
+                  computed again comes on top
     logits        four matrices of float32 (both directions and their softmax), pairs here × pairs on all devices
 
 Fragments, the allocator's cache and the libraries' own workspace come on top (on a GPU some hundred MB to 2 GB).
@@ -37,6 +37,9 @@ from finetune.sources import CaptionLengths
 
 MOST_GROUPS = 12  # shown of the optimiser's
 FEW, MEDIUM = 2_000, 200_000  # pairs, up to which the recipe of that name is meant
+# So many pairs are looked at: a prime that is in no other axis, so that it divides the sizes of their tensors, and not
+# those of weights and masks.
+LOOKED_AT = 1_009
 BYTES = {"64": 8, "32": 4, "bf16": 2, "16": 2}
 
 
@@ -202,13 +205,17 @@ def estimate_memory(module: Any, batch: int, devices: int, precision: str) -> Me
 def activation_bytes(module: Any, precision: str = "32-true") -> int:
     """Bytes that autograd keeps for the backward pass of one pair."""
     mixed = precision.endswith("mixed")
-    # Of one pair alone there are no statistics for a BatchNorm.
-    two, three = (_saved_bytes(module, size, mixed=mixed) for size in (2, 3))
-    return (three - two) if mixed else (three - two) * BYTES[precision.partition("-")[0]] // 4
+    compute, module.compute = module.compute, replace(module.compute, micro_batch_size=None)
+    try:
+        saved = _saved_bytes(module, LOOKED_AT, mixed=mixed)
+    finally:
+        module.compute = compute
+    pair = sum(count for count in saved if count % LOOKED_AT == 0) // LOOKED_AT
+    return pair if mixed else pair * BYTES[precision.partition("-")[0]] // 4
 
 
-def _saved_bytes(module: Any, size: int, *, mixed: bool) -> int:
-    """Bytes of all storages that autograd keeps of `size` pairs."""
+def _saved_bytes(module: Any, size: int, *, mixed: bool) -> list[int]:
+    """Bytes of each storage that autograd keeps of `size` pairs."""
     saved: dict[int, torch.Tensor] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -236,7 +243,7 @@ def _saved_bytes(module: Any, size: int, *, mixed: bool) -> int:
         buffer.copy_(before)
     for hook in hooks:
         hook.remove()
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    return [tensor.untyped_storage().nbytes() for tensor in saved.values()]
 
 
 def _image_size(module: Any) -> tuple[int, int]:

@@ -1,7 +1,8 @@
-"""The pieces of benchmarks/fetch.py, at a size that takes no time; its figures are nobody's business here."""
+"""The pieces of benchmarks/fetch.py and whole_run.py at a size that takes no time; figures are nobody's business."""
 
 import http.client
 import importlib.util
+import math
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import simplejpeg
+
+from benchmarks import whole_run
+from benchmarks.shared.cost import Cost
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +124,44 @@ def test_the_figures_are_what_they_say(bench):
         "curate_per_s_20ms": 254.0,
     }
     assert {name: figures[name] for name in expected} == expected
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    return whole_run.prepare(tmp_path_factory.mktemp("whole_run"), 128, shard_size=64, unseen=64)
+
+
+def test_both_whole_runs_are_told_to_do_the_same(setting, capsys):
+    from open_clip_train.params import parse_args
+
+    from finetune.cli import main
+
+    assert main([*whole_run.ours(setting), "--dry_run"]) == 0
+    plan = capsys.readouterr().out
+    told = parse_args(whole_run.theirs(setting))
+    steps = told.epochs * told.train_num_samples // told.batch_size
+    assert f"{steps} ({told.epochs} epochs of 2 batches), the first {told.warmup} warm-up" in plan
+    assert f"{told.lr}, weight decay {told.wd}: image, " in plan
+    assert f"{told.batch_size} pairs" in plan
+    assert setting.steps == steps == 4
+    assert len(told.train_data.split("::")) == 2
+
+
+def test_what_a_whole_run_has_not_seen_it_does_not_know(setting):
+    from curate.clip import load_clip
+
+    clip = load_clip(f"local-dir:{setting.folder / 'start'}", device="cpu")
+    assert whole_run.unseen_loss(clip, setting.folder / "unseen") == pytest.approx(math.log(64), abs=0.5)
+
+
+def test_the_steps_of_a_whole_run_are_those_of_epochs_that_came_to_their_end():
+    log = "\n".join(
+        f"Train Epoch: {of} Loss: 4.1" for of in ("0 [ 64/192 (33%)]", "0 [192/192 (100%)]", "1 [ 64/192 (33%)]")
+    )
+    assert whole_run.steps_of(log) == 3
+
+
+def test_the_figures_of_whole_runs_are_what_they_say():
+    costs = {"open_clip_train": Cost(30.0, 20.0, 1000.0, 9.0), "finetune fit": Cost(10.0, 8.0, 400.0, 9.0)}
+    expected = {"wall_ratio": 2.5, "cpu_ratio": 3.0, "memory_share": 0.4, "peak_mb": 400, "peak_mb_open_clip": 1000}
+    assert whole_run.figures(costs) == expected

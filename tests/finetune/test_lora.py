@@ -6,11 +6,14 @@ import copy
 
 import pytest
 import torch
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
 from torch import nn
 
-from finetune.lora import LoraLinear, quicken
+from finetune.attention import split_attention
+from finetune.lora import LoraAttention, LoraLinear, LoraMlp, quicken
+from finetune.pooling import LastBlock
 
 
 def model_of(**more) -> nn.Sequential:
@@ -75,3 +78,81 @@ def test_dora_is_left_to_peft():
     dora = model_of(use_dora=True)
     quicken(dora)
     assert [type(dora[0]), type(dora[2])] == [Linear] * 2
+
+
+def block_of(activation=nn.GELU, *, last: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    made = nn.Sequential(ResidualAttentionBlock(8, 2, act_layer=activation))
+    split_attention(made)
+    if last:
+        made[0] = LastBlock(made[0], first=True)
+    targets = ["q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj"]
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=targets), made)
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return made.double()
+
+
+@pytest.mark.parametrize("activation", [nn.GELU, lambda: nn.GELU("tanh"), QuickGELU, nn.ReLU])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_whole_block_is_pefts(activation, last):
+    theirs, ours = block_of(activation, last=last), block_of(activation, last=last)
+    quicken(ours)
+    assert type(ours[0].attn) is LoraAttention
+    assert (type(ours[0].mlp) is LoraMlp) == (activation is not nn.ReLU)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    expected, found = gradients(theirs, x), gradients(copy.deepcopy(ours), x)
+    assert len(expected) == 14
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def kept(model: nn.Module, x: torch.Tensor) -> int:
+    """Numbers that autograd keeps, but for the weights."""
+    found: dict[int, int] = {}
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes() // 8
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = model(x)
+    assert out.requires_grad
+    return sum(numbers for place, numbers in found.items() if place not in own)
+
+
+@pytest.mark.parametrize(("activation", "spared"), [(nn.GELU, 4), (QuickGELU, 8)])
+def test_of_an_mlp_the_activation_is_not_kept(activation, spared):
+    x = torch.randn(3, 50, 8, dtype=torch.float64, requires_grad=True)
+    theirs, ours = block_of(activation), block_of(activation)
+    quicken(ours)
+    low = 6 * 150 * 2  # peft keeps each layer's low-rank image too
+    assert kept(theirs, x) - kept(ours, x) == pytest.approx(spared * x.numel() + low, abs=20)
+
+
+def test_an_update_that_half_precision_would_round_away_in_the_weight_is_there():
+    made = nn.Sequential(nn.Linear(4, 2))
+    inject_adapter_in_model(LoraConfig(r=1, lora_alpha=1, target_modules=["0"]), made)
+    nn.init.ones_(made[0].base_layer.weight)
+    nn.init.constant_(made[0].base_layer.bias, -4)
+    nn.init.ones_(made[0].lora_A["default"].weight)
+    nn.init.constant_(made[0].lora_B["default"].weight, 1e-3)
+    quicken(made)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert made(torch.ones(1, 4)).flatten().tolist() == pytest.approx([4e-3] * 2, rel=0.01)
+
+
+def test_after_merging_the_block_still_runs():
+    ours = block_of()
+    quicken(ours)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    before = ours(x)
+    for name, module in list(ours.named_modules()):
+        if isinstance(module, LoraLinear):
+            module.merge()
+            ours.set_submodule(name, module.get_base_layer())
+    torch.testing.assert_close(ours(x), before)

@@ -74,13 +74,15 @@ def test_the_estimate_leaves_the_model_and_the_random_state_alone(architectures)
 
 def test_parts_of_a_batch_and_checkpointed_blocks_need_less(architectures):
     clip = {"name": architectures["tiny-vit"], "pretrained": None}
-    plain, parts, twice = (
+    plain, parts, small, twice = (
         CLIPModule(clip, {"kind": "full"}, compute=compute)
-        for compute in ({}, {"micro_batch_size": 4}, {"gradient_checkpointing": True})
+        for compute in ({}, {"micro_batch_size": 4}, {"micro_batch_size": 2}, {"gradient_checkpointing": True})
     )
     whole = estimate_memory(plain, 10, 1, "32-true")
     assert estimate_memory(parts, 10, 1, "32-true").activations * 10 == whole.activations * 4
     assert estimate_memory(parts, 3, 1, "32-true").activations * 10 == whole.activations * 3
+    assert estimate_memory(small, 10, 1, "32-true").activations * 10 == whole.activations * 2
+    assert small.compute.micro_batch_size == 2
     # What is kept of four blocks: their inputs, of 5 positions and of 16, 32 wide.
     inputs = 4 * 32 * (2 * 5 + 2 * 16)
     assert inputs < activation_bytes(twice) < inputs + 0.4 * activation_bytes(plain)

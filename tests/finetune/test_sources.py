@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -301,3 +303,15 @@ def test_captions_over_the_context_are_counted(clip, images):
     lengths = caption_lengths(training_set(DataConfig(dataset=table)), clip.tokenizer, 0)
     assert (lengths.counted, lengths.too_long, lengths.context_length) == (4, 2, 16)
     assert str(lengths) == "2 of 4 captions (50.0%) are over 16 tokens"
+
+
+def test_a_dataset_of_shards_is_read_without_a_database(dataset):
+    told = """if True:
+        import sys
+        from pathlib import Path
+        from curate.pairs import Wanted, read_pairs
+        index = read_pairs(Path(sys.argv[1]), Wanted("data.dataset"))
+        print(len(index) > 0, {"duckdb", "torch"} & sys.modules.keys())
+    """
+    done = subprocess.run([sys.executable, "-c", told, str(dataset)], capture_output=True, text=True, check=True)
+    assert done.stdout == "True set()\n"
