@@ -260,10 +260,13 @@ def merge(model: nn.Module) -> None:
     """Turn an adapted model, in place, back into a plain open_clip model with its LoRA, of any variant, merged."""
     from peft.tuners.lora import LoraLayer
 
+    from finetune.lora import unquicken
+
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
             module.merge(safe_merge=True)
             model.set_submodule(name, module.get_base_layer())
+    unquicken(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, Projection):
             owner, _, attribute = name.rpartition(".")

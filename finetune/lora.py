@@ -209,6 +209,13 @@ def quicken(model: nn.Module) -> None:
             module.__class__ = LoraMlp
 
 
+def unquicken(model: nn.Module) -> None:
+    """Give a model, whose LoRA layers have been merged, its own MLPs back, in place."""
+    quick: list[nn.Module] = [module for module in model.modules() if type(module) is LoraMlp]
+    for module in quick:
+        module.__class__ = nn.Sequential
+
+
 def _is_mlp(module: nn.Sequential) -> bool:
     names = [name for name, _ in module.named_children()]
     return names == ["c_fc", "gelu", "c_proj"] and isinstance(module[2], LoraLinear) and _name_of(module[1]) is not None

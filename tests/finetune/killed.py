@@ -32,6 +32,7 @@ def forked(file: Path) -> int:
         os.setsid()
         status = 1
         try:
+            torch.set_num_threads(1)  # makes the pool of threads anew, before two of them do
             fit(pickle.loads(file.read_bytes()))
             status = 0
         finally:
