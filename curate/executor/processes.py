@@ -100,6 +100,7 @@ class _NoPandas:
 
 def _work(work: Work, number: int, pipe: Connection) -> None:
     sys.meta_path.insert(0, _NoPandas())
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's would spin, one on each core, for sums of 256
 
     def listen(put: Put) -> None:
         threading.Thread(target=_listen, args=(pipe, put), daemon=True).start()

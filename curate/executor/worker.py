@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import pickle
 import traceback
 from collections.abc import Awaitable, Callable
@@ -59,6 +60,7 @@ async def _serve(work: Work, number: int, send: Callable[[Message], None], liste
     tasks: set[asyncio.Task[None]] = set()
     listen(put)
     async with work(number) as do:
+        gc.freeze()  # modules and what they hold stay for good: not to be walked through again and again
         send(("ready",))
         taking = asyncio.create_task(take(do))
         try:

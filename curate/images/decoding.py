@@ -27,8 +27,8 @@ from curate.ledger import Reason
 
 # libjpeg's work grows with the scans, and a file of a few kB can have a thousand; real ones have about ten.
 MAX_SCANS = 200
-# Scaled decoding leaves at least so many times the pixels a side that are wanted: what is then left to the area filter
-# looks as if all had been decoded (35 dB and more on the sharpest photograph, most often 40; 38 with 1.8 times).
+# Scaled decoding leaves at least so many times the pixels a side that are wanted: what is then left to the filter looks
+# as if all had been decoded (35 dB and more on the sharpest photograph, most often 40).
 DCT_MARGIN = 1.5
 # libjpeg-turbo has vector code for these; by 8/7, 8/6, 8/5 or 8/3 it takes longer than for all pixels.
 _DCT_STEPS = (8, 4, 2)

@@ -10,8 +10,11 @@ import numpy as np
 
 from curate.images.colours import RGB
 
-# Below NEAR, a line between two pixels is as good as an area; from FAR on, lines to twice the size would skip pixels.
-_NEAR, _FAR = 1.25, 4.0
+# How many pixels may lie in one of the small image, a side, that a point on the line between two stands for their mean;
+# that one across and two down do; the same where pixels are means already, as a JPEG's own scaling leaves them.
+_ONE, _ONE_ACROSS, _ONE_ACROSS_MEANS = 1.25, 1.5, 2.0
+# From so many on, two points would skip pixels.
+_FAR = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,27 +40,35 @@ class Resize:
         return None if self.only_if_bigger and side <= self.size else self.size / side
 
 
-def by_area(rgb: RGB, size: tuple[int, int], extent: tuple[float, float]) -> RGB:
+def by_area(rgb: RGB, size: tuple[int, int], extent: tuple[float, float], *, is_scaled: bool = False) -> RGB:
     """The pixels scaled down, each about the mean of those it covers: OpenCV's area filter in a third of its time.
 
-    Lines to twice the size and the mean of 2 × 2, both vectorised, come within 41 dB of it (on sharp photographs).
+    Each is the mean of up to 2 × 2 points between pixels, on lines that are vectorised. On sharp photographs that comes
+    within 38 dB of it, and within 41 where it is 2 × 2.
 
     Args:
         rgb: uint8 (H, W, 3).
         size: width and height wanted, not larger.
         extent: width and height of the image in pixels of `rgb`, H and W or a part of a pixel less.
+        is_scaled: whether its pixels are means of others already.
     """
     (width, height), (wide, high) = size, extent
     while min(wide / width, high / height) >= _FAR and rgb.shape[0] % 2 == rgb.shape[1] % 2 == 0:
-        rgb = _to(rgb, (rgb.shape[1] // 2, rgb.shape[0] // 2))
+        rgb, is_scaled = _to(rgb, (rgb.shape[1] // 2, rgb.shape[0] // 2)), True
         wide, high = wide / 2, high / 2
     across, down = wide / width, high / height
-    if max(across, down) >= _FAR:
+    far = max(across, down)
+    if far >= _FAR:
         return _to(rgb, size)
-    fine = 1 if max(across, down) < _NEAR else 2
-    lines = cv2.resize(rgb, None, fx=fine / across, fy=fine / down, interpolation=cv2.INTER_LINEAR)
-    lines = lines[: fine * height, : fine * width]
-    return np.ascontiguousarray(lines) if fine == 1 else _to(lines, size)
+    points_across = 1 if far < (_ONE_ACROSS_MEANS if is_scaled else _ONE_ACROSS) else 2
+    points_down = 1 if far < _ONE else 2
+    fine = {"fx": points_across / across, "fy": points_down / down, "interpolation": cv2.INTER_LINEAR}
+    points = cv2.resize(rgb, None, **fine)[: points_down * height, : points_across * width]
+    if points_across == 2:
+        return _to(points, size)
+    if points_down == 2:
+        points = cv2.addWeighted(points[::2], 0.5, points[1::2], 0.5, 0.0)
+    return np.ascontiguousarray(points)
 
 
 def _to(rgb: Any, size: tuple[int, int]) -> RGB:
@@ -80,7 +91,7 @@ def resized(rgb: RGB, resize: Resize, width: int, height: int) -> RGB:
     if factor < 1:
         # What libjpeg scaled down by 2, 4 or 8 ends in a column and a row that the image fills in part only.
         step = max(1, round(width / rgb.shape[1]))
-        scaled = by_area(rgb, size, (width / step, height / step))
+        scaled = by_area(rgb, size, (width / step, height / step), is_scaled=step > 1)
     else:
         scaled = np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_LANCZOS4), dtype=np.uint8)
     if resize.mode == "center_crop":
