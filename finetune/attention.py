@@ -57,17 +57,27 @@ class SplitAttention(nn.Module):
         """
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        q, k, v = (_heads(x, self.num_heads) for x in self.project(query, key, value))
-        mask = _additive(attn_mask, q)
-        dropout = self.dropout if self.training else 0.0
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        out = self.out_proj(mixed.transpose(1, 2).flatten(2))
-        weights = _attention_weights(q, k, mask).mean(dim=1) if need_weights else None
+        projected = self.project(query, key, value)
+        out = self.mix(*projected, attn_mask)
+        weights = self._weights(*projected[:2], attn_mask) if need_weights else None
         return (out if self.batch_first else out.transpose(0, 1)), weights
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, each (B, …, D), before they are split into heads."""
         return self.q_proj(query), self.k_proj(key), self.v_proj(value)
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
+        """What is attended to (B, T, D), of what `project` gives."""
+        q, k, v = (_heads(x, self.num_heads) for x in (query, key, value))
+        dropout = self.dropout if self.training else 0.0
+        mask = _additive(attn_mask, q)
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+    def _weights(self, query: Tensor, key: Tensor, attn_mask: Tensor | None) -> Tensor:
+        q, k = _heads(query, self.num_heads), _heads(key, self.num_heads)
+        return _attention_weights(q, k, _additive(attn_mask, q)).mean(dim=1)
 
     def join(self) -> nn.MultiheadAttention:
         """The same attention as one packed module."""

@@ -7,8 +7,8 @@ with a low rank most of that time is reading and writing. Here
   and one back to the input, as without LoRA. Where numbers are rounded to less than float32 (half precision, TF32) the
   weight would round the update away, so there it is added to the output as it is made.
 - layers that read the same input (query, key, value) are one operation, whose gradients to it are summed as they come.
-- of an MLP the activation's output, four times as wide as the block, is not kept but computed again from its input,
-  which the activation's own gradient needs anyway.
+- what a LayerNorm and an activation make of their input is not kept but computed again: their own gradients need the
+  input anyway. Of an MLP the activation's output is four times as wide as the block.
 
 Low-rank products lie as rank × positions: a BLAS that walks along the positions is up to twenty times as fast as one
 that jumps between a handful of columns.
@@ -21,9 +21,11 @@ Axes: M positions of all samples, I inputs, O outputs, r rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
+from open_clip.transformer import LayerNorm, QuickGELU, ResidualAttentionBlock
 from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
@@ -85,26 +87,47 @@ class LoraMlp(nn.Sequential):
         if not (isinstance(c_proj, LoraLinear) and c_proj.is_plain()):
             whole: Tensor = super().forward(x)
             return whole
-        return updated(c_fc(x), [c_proj], _name_of(activation))[0]
+        return updated(c_fc(x), [c_proj], _activation_of(activation))[0]
 
 
-def updated(x: Tensor, layers: Sequence[LoraLinear], activation: str | None = None) -> tuple[Tensor, ...]:
-    """What plain LoRA layers make of the same input, after an activation: (…, I) → (…, O) each.
+class LoraBlock(ResidualAttentionBlock):
+    """open_clip's block, which does not keep the outputs of its LayerNorms."""
+
+    def forward(
+        self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        c_fc, activation, c_proj = self.mlp
+        layers = (self.attn.q_proj, self.attn.k_proj, self.attn.v_proj, c_fc, c_proj)
+        is_cross = k_x is not None or v_x is not None
+        if is_cross or not all(isinstance(layer, LoraLinear) and layer.is_plain() for layer in layers):
+            whole: Tensor = super().forward(q_x, k_x, v_x, attn_mask)
+            return whole
+        q, k, v = updated(q_x, layers[:3], _norm_of(self.ln_1))
+        x = q_x + self.ls_1(self.attn.mix(q, k, v, attn_mask))
+        wide = updated(x, [c_fc], _norm_of(self.ln_2))[0]
+        found: Tensor = x + self.ls_2(updated(wide, [c_proj], _activation_of(activation))[0])
+        return found
+
+
+def updated(x: Tensor, layers: Sequence[LoraLinear], before: Before | None = None) -> tuple[Tensor, ...]:
+    """What plain LoRA layers make of the same input: (…, I) → (…, O) each.
 
     Args:
-        x: their input, or that of the activation.
+        x: their input, or that of what is before them.
         layers: on one input.
-        activation: as `_name_of` tells it.
+        before: what they read, as made of `x`; None: `x` itself.
     """
-    given: list[Tensor | None] = [x]
+    given: list[Tensor | None] = []
     for layer in layers:
         base = layer.base_layer
         given += (base.weight, base.bias, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-    kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-    flat_MI, *factors = [tensor if tensor is None or kind is None else tensor.to(kind) for tensor in given]
-    assert flat_MI is not None
+    kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    factors = [tensor if tensor is None else tensor.to(kind) for tensor in given]
+    if before is None:
+        x, before = x.to(kind), Before()
     scales = tuple(layer.scaling["default"] for layer in layers)
-    outs: tuple[Tensor, ...] = _Update.apply(flat_MI.flatten(0, -2), activation, scales, *factors)
+    outs: tuple[Tensor, ...] = _Update.apply(x.flatten(0, -2), before, scales, *factors)
     return tuple(out_MO.view(*x.shape[:-1], -1) for out_MO in outs)
 
 
@@ -113,12 +136,13 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_MI: Tensor, activation: str | None, scales: tuple[float, ...], *factors: Tensor | None
+        ctx: Any, x_MI: Tensor, before: Before, scales: tuple[float, ...], *factors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        read_MI = _activate(x_MI, activation)
-        ctx.activation, ctx.scales, ctx.is_exact = activation, scales, _is_exact(x_MI)
+        layers = _by_layer(factors)
+        read_MI = before.of(x_MI).to(layers[0].weight.dtype)
+        ctx.before, ctx.scales, ctx.is_exact = before, scales, _is_exact(read_MI)
         outs, lows = [], []
-        for layer, scale in zip(_by_layer(factors), scales, strict=True):
+        for layer, scale in zip(layers, scales, strict=True):
             weight_OI = layer.merged(scale) if ctx.is_exact else layer.weight
             out_MO = read_MI @ weight_OI.T if layer.bias is None else torch.addmm(layer.bias, read_MI, weight_OI.T)
             if not ctx.is_exact:
@@ -134,22 +158,21 @@ class _Update(torch.autograd.Function):
         x_MI, *saved = ctx.saved_tensors
         count = len(ctx.scales) * len(Factors._fields)
         layers, lows = _by_layer(saved[:count]), saved[count:]
-        read_MI = _activate(x_MI, ctx.activation)
+        read_MI = ctx.before.of(x_MI).to(layers[0].weight.dtype)
         if ctx.is_exact:
             # Of all layers at once: they read the same.
             lows = (torch.cat([each.a for each in layers]) @ read_MI.T).split([len(each.a) for each in layers])
-        to_x: Tensor | None = None
+        to_read: Tensor | None = None
         to_factors: list[Tensor | None] = []
         for gradient_MO, layer, low_rM, scale in zip(gradients, layers, lows, ctx.scales, strict=True):
             back_rM = layer.b.T @ gradient_MO.T
             to_factors += (None, None, (back_rM @ read_MI).mul_(scale), (low_rM @ gradient_MO).mul_(scale).T)
             if ctx.needs_input_grad[0]:
                 weight_OI = layer.merged(scale) if ctx.is_exact else layer.weight
-                to_x = gradient_MO @ weight_OI if to_x is None else to_x.addmm_(gradient_MO, weight_OI)
+                to_read = gradient_MO @ weight_OI if to_read is None else to_read.addmm_(gradient_MO, weight_OI)
                 if not ctx.is_exact:
-                    to_x.addmm_(back_rM.T, layer.a, alpha=scale)
-        if to_x is not None:
-            to_x = _through(to_x, x_MI, ctx.activation)
+                    to_read.addmm_(back_rM.T, layer.a, alpha=scale)
+        to_x = None if to_read is None else ctx.before.back(to_read.to(x_MI.dtype), x_MI)
         return to_x, None, None, *to_factors
 
 
@@ -163,35 +186,93 @@ def _is_exact(x: Tensor) -> bool:
     return x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu"
 
 
-# --- activations ------------------------------------------------------------------------------------------------------
-
-QUICK = 1.702  # QuickGELU's x·σ(1.702·x)
+# --- what layers read -------------------------------------------------------------------------------------------------
 
 
-def _name_of(activation: nn.Module) -> str | None:
-    """`quick`, or what `approximate` of torch's GELU is; None of any other."""
-    from open_clip.transformer import QuickGELU
+class Before:
+    """What layers read, as made of what is kept; here, what is kept itself."""
 
-    if type(activation) is QuickGELU:
-        return "quick"
-    return activation.approximate if type(activation) is nn.GELU else None
-
-
-def _activate(x: Tensor, activation: str | None) -> Tensor:
-    if activation is None:
+    def of(self, x: Tensor) -> Tensor:
+        """What they read, shaped like `x`."""
         return x
-    return x * torch.sigmoid(QUICK * x) if activation == "quick" else functional.gelu(x, approximate=activation)
 
-
-def _through(gradient: Tensor, x: Tensor, activation: str | None) -> Tensor:
-    """The gradient to an activation's input, from that to its output."""
-    if activation is None:
+    def back(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """The gradient to `x`, from that to what they read."""
+        del x
         return gradient
-    if activation == "quick":
+
+
+@dataclass(frozen=True, slots=True)
+class Gelu(Before):
+    """torch's GELU, exact or by tanh."""
+
+    approximate: str
+
+    def of(self, x: Tensor) -> Tensor:
+        """As always."""
+        return functional.gelu(x, approximate=self.approximate)
+
+    def back(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """As always."""
+        to_x: Tensor = torch.ops.aten.gelu_backward(gradient, x, approximate=self.approximate)
+        return to_x
+
+
+class QuickGelu(Before):
+    """x·σ(1.702·x)."""
+
+    def of(self, x: Tensor) -> Tensor:
+        """As always."""
+        return x * torch.sigmoid(QUICK * x)
+
+    def back(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """As always."""
         share = torch.sigmoid(QUICK * x)
         return gradient * (share * (1 + QUICK * x * (1 - share)))
-    through: Tensor = torch.ops.aten.gelu_backward(gradient, x, approximate=activation)
-    return through
+
+
+@dataclass(frozen=True, slots=True)
+class Norm(Before):
+    """A LayerNorm that is not trained."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def of(self, x: Tensor) -> Tensor:
+        """As always."""
+        return self._whole(x)[0]
+
+    def back(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """As always."""
+        kind, shape = self.weight.dtype, [x.shape[-1]]
+        _, mean, rstd = self._whole(x)
+        to_x: Tensor = torch.ops.aten.native_layer_norm_backward(
+            gradient.to(kind), x.to(kind), shape, mean, rstd, self.weight, self.bias, [True, False, False]
+        )[0]
+        return to_x.to(x.dtype)
+
+    def _whole(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # In the precision of its weights, as autocast has it.
+        return torch.native_layer_norm(x.to(self.weight.dtype), [x.shape[-1]], self.weight, self.bias, self.eps)
+
+
+QUICK = 1.702
+
+
+def _activation_of(module: nn.Module) -> Before | None:
+    """None of a kind that is not known here."""
+    if type(module) is QuickGELU:
+        return QuickGelu()
+    return Gelu(module.approximate) if type(module) is nn.GELU else None
+
+
+def _norm_of(module: nn.Module) -> Norm | None:
+    """None of a kind that is not known here, or of one that is trained."""
+    if type(module) not in (nn.LayerNorm, LayerNorm) or not module.elementwise_affine or module.bias is None:
+        return None
+    is_trained = module.weight.requires_grad or module.bias.requires_grad
+    return None if is_trained else Norm(module.weight, module.bias, module.eps)
 
 
 # --- which layers -----------------------------------------------------------------------------------------------------
@@ -207,18 +288,39 @@ def quicken(model: nn.Module) -> None:
             module.__class__ = LoraAttention
         elif type(module) is nn.Sequential and _is_mlp(module):
             module.__class__ = LoraMlp
+    for module in model.modules():
+        if type(module) is ResidualAttentionBlock and _is_quick(module):
+            module.__class__ = LoraBlock
 
 
 def unquicken(model: nn.Module) -> None:
-    """Give a model, whose LoRA layers have been merged, its own MLPs back, in place."""
-    quick: list[nn.Module] = [module for module in model.modules() if type(module) is LoraMlp]
-    for module in quick:
-        module.__class__ = nn.Sequential
+    """Give a model, whose LoRA layers have been merged, its own blocks and MLPs back, in place."""
+    for module in list(model.modules()):
+        if type(module) is LoraBlock:
+            module.__class__ = ResidualAttentionBlock
+        elif type(module) is LoraMlp:
+            module.__class__ = nn.Sequential
 
 
 def _is_mlp(module: nn.Sequential) -> bool:
     names = [name for name, _ in module.named_children()]
-    return names == ["c_fc", "gelu", "c_proj"] and isinstance(module[2], LoraLinear) and _name_of(module[1]) is not None
+    return (
+        names == ["c_fc", "gelu", "c_proj"]
+        and isinstance(module[2], LoraLinear)
+        and _activation_of(module[1]) is not None
+    )
+
+
+def _is_quick(block: ResidualAttentionBlock) -> bool:
+    """Whether a block can be computed without the outputs of its norms."""
+    attn = block.attn
+    return (
+        type(attn) is LoraAttention
+        and attn.batch_first
+        and type(block.mlp) is LoraMlp
+        and all(isinstance(each, LoraLinear) for each in (attn.q_proj, attn.k_proj, attn.v_proj, block.mlp[0]))
+        and all(_norm_of(norm) is not None for norm in (block.ln_1, block.ln_2))
+    )
 
 
 def is_variant(layer: LoraLayer) -> bool:

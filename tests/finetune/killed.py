@@ -11,10 +11,9 @@ import os
 import pickle
 import random
 import signal
-import subprocess
+import socket
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,24 +24,37 @@ from finetune.fit import fit, plan
 PATIENCE_S = 200
 
 
-def forked(file: Path) -> int:
-    """Train in a copy of this process; its number."""
+def started(file: Path) -> int:
+    """Train in copies of this process, one a rank, as torchrun would start them; the number of their group."""
     child = os.fork()
     if child == 0:
         os.setsid()
         status = 1
         try:
-            torch.set_num_threads(1)  # makes the pool of threads anew, before two of them do
-            fit(pickle.loads(file.read_bytes()))
-            status = 0
+            config = pickle.loads(file.read_bytes())
+            status = train(config) if config.trainer.devices == 1 else train_ranks(config)
         finally:
             os._exit(status)
     return child
 
 
-def launched(file: Path) -> int:
-    """Train in processes of their own: Lightning runs this program again for each further rank."""
-    return subprocess.Popen([sys.executable, __file__, str(file)], start_new_session=True).pid
+def train(config: FitConfig) -> int:
+    torch.set_num_threads(1)  # makes the pool of threads anew, before two of them do
+    fit(config)
+    return 0
+
+
+def train_ranks(config: FitConfig) -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = config.trainer.devices
+    for rank in range(ranks):
+        if os.fork() == 0:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+            os.environ.update({name: str(value) for name, value in (place | where).items()})
+            return train(config)
+    return max(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(ranks))
 
 
 def ends_within(child: int, seconds: float) -> bool:
@@ -57,35 +69,28 @@ def ends_within(child: int, seconds: float) -> bool:
     return False
 
 
-def kill_and_go_on(file: Path, start: Callable[[Path], int], kills: int, seed: int) -> None:
+def kill_and_go_on(file: Path, kills: int, seed: int) -> None:
     """Train to the end; each start is killed at a random moment after its first checkpoint."""
     config: FitConfig = pickle.loads(file.read_bytes())
     moments, last = random.Random(seed), config.out / "checkpoints" / "last.ckpt"
     for _ in range(kills):
         before = last.stat().st_mtime_ns if last.exists() else 0
-        child, until = start(file), time.monotonic() + PATIENCE_S
+        child, until = started(file), time.monotonic() + PATIENCE_S
         while not last.exists() or last.stat().st_mtime_ns == before:
             assert time.monotonic() < until, "no checkpoint"
             assert not ends_within(child, 0.01), "ended too soon to be killed"
         assert not ends_within(child, moments.uniform(0, 0.1)), "ended too soon to be killed"
         os.killpg(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    assert ends_within(start(file), PATIENCE_S)
+    assert ends_within(started(file), PATIENCE_S)
 
 
 def main() -> None:
     torch.set_num_threads(1)
     files = [Path(name) for name in sys.argv[1:3]]
-    if len(files) == 1:
-        fit(pickle.loads(files[0].read_bytes()))
-        return
-    config: FitConfig = pickle.loads(files[0].read_bytes())
-    alone = config.trainer.devices == 1
-    if alone:
-        plan(config)  # imports all but what takes gradients, which no copy of a process could then do
-    start = forked if alone else launched
-    assert ends_within(start(files[0]), PATIENCE_S)
-    kill_and_go_on(files[1], start, int(sys.argv[3]), int(sys.argv[4]))
+    plan(pickle.loads(files[0].read_bytes()))  # imports all but what takes gradients, which no copy could then do
+    assert ends_within(started(files[0]), PATIENCE_S)
+    kill_and_go_on(files[1], int(sys.argv[3]), int(sys.argv[4]))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ import yaml
 from finetune.cli import main
 from finetune.export import export
 from tests.finetune import tiny
+from tests.finetune.warm import Warm, warm
 
 LONG = " ".join(["word"] * 30)
 
@@ -48,33 +46,28 @@ def folder(dataset, architectures, tmp_path_factory) -> Path:
     return folder
 
 
-def command(folder: Path, *options: str) -> tuple[list[str], dict[str, str]]:
-    words = [sys.executable, "-m", "finetune", "fit", "--config", "domain.yaml", *options]
-    return words, {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="module")
+def command() -> Iterator[Warm]:
+    with warm("lightning", "open_clip", "finetune.fit") as started:
+        yield started
 
 
-def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    words, environment = command(folder, *options)
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False)
-
-
-def test_a_killed_run_on_several_sources_ends_with_the_same_weights(folder):
-    whole = run(folder, "--out", "whole")
-    assert whole.returncode == 0, whole.stderr
+def test_a_killed_run_on_several_sources_ends_with_the_same_weights(folder, command):
+    fit = ["fit", "--config", "domain.yaml", "--out"]
+    whole = command(folder, [*fit, "whole"])
+    assert whole.status == 0, whole.error
     # 37 of 40 are not red circles, 8 images twice, 8 classes of which half are drawn: 57 an epoch.
-    assert "dataset, pairs.csv, classes: 53 pairs" in whole.stderr
-    assert "steps   14 (2 epochs of 7 batches)" in whole.stderr
-    assert "texts   8 of 69 captions (11.6%) are over 16 tokens and are cut" in whole.stderr
-    words, environment = command(folder, "--out", "killed")
-    process = subprocess.Popen(words, cwd=folder, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
-    last = folder / "killed" / "checkpoints" / "last.ckpt"
-    while not last.exists() and process.poll() is None:
+    assert "dataset, pairs.csv, classes: 53 pairs" in whole.error
+    assert "steps   14 (2 epochs of 7 batches)" in whole.error
+    assert "texts   8 of 69 captions (11.6%) are over 16 tokens and are cut" in whole.error
+    running, last = command.start(folder, [*fit, "killed"]), folder / "killed" / "checkpoints" / "last.ckpt"
+    until = time.monotonic() + 100
+    while not last.exists() and time.monotonic() < until:
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    running.kill()
     assert not (folder / "killed" / "finished.json").exists()
-    again = run(folder, "--out", "killed")
-    assert "going on from" in again.stderr
+    again = command(folder, [*fit, "killed"])
+    assert "going on from" in again.error
     first, second = (
         torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]  # noqa: TID251 - ours
         for name in ("whole", "killed")

@@ -12,7 +12,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 from finetune.attention import split_attention
-from finetune.lora import LoraAttention, LoraLinear, LoraMlp, quicken
+from finetune.lora import LoraAttention, LoraBlock, LoraLinear, LoraMlp, quicken, unquicken
 from finetune.pooling import LastBlock
 
 
@@ -101,6 +101,7 @@ def test_a_whole_block_is_pefts(activation, last):
     quicken(ours)
     assert type(ours[0].attn) is LoraAttention
     assert (type(ours[0].mlp) is LoraMlp) == (activation is not nn.ReLU)
+    assert (type(ours[0]) is LoraBlock) == (activation is not nn.ReLU and not last)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     x = torch.randn(3, 5, 8, dtype=torch.float64)
     expected, found = gradients(theirs, x), gradients(copy.deepcopy(ours), x)
@@ -125,13 +126,47 @@ def kept(model: nn.Module, x: torch.Tensor) -> int:
     return sum(numbers for place, numbers in found.items() if place not in own)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_block_under_autocast_is_pefts_as_near_as_bfloat16_is(kind):
+    theirs, ours = block_of().float(), block_of().float()
+    quicken(ours)
+    x = torch.randn(3, 5, 8).to(kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = gradients(theirs, x), gradients(ours, x)
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        assert (found[name].float() - value.float()).norm() <= 0.03 * value.float().norm(), name
+
+
 @pytest.mark.parametrize(("activation", "spared"), [(nn.GELU, 4), (QuickGELU, 8)])
-def test_of_an_mlp_the_activation_is_not_kept(activation, spared):
+def test_of_a_block_the_outputs_of_norms_and_activation_are_not_kept(activation, spared):
     x = torch.randn(3, 50, 8, dtype=torch.float64, requires_grad=True)
     theirs, ours = block_of(activation), block_of(activation)
     quicken(ours)
     low = 6 * 150 * 2  # peft keeps each layer's low-rank image too
-    assert kept(theirs, x) - kept(ours, x) == pytest.approx(spared * x.numel() + low, abs=20)
+    norms = 2 * x.numel() + 2 * 2 * 150  # their outputs, means and deviations
+    assert kept(theirs, x) - kept(ours, x) == pytest.approx(spared * x.numel() + low + norms, abs=20)
+
+
+def test_norms_that_are_trained_get_their_gradients():
+    theirs, ours = block_of(), block_of()
+    for model in (theirs, ours):
+        model[0].ln_1.requires_grad_()
+    quicken(ours)
+    assert type(ours[0]) is not LoraBlock
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    expected, found = gradients(theirs, x), gradients(ours, x)
+    assert expected.keys() == found.keys()
+    assert "0.ln_1.weight" in found
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_what_is_computed_quicker_becomes_open_clips_own_again():
+    ours = block_of()
+    quicken(ours)
+    unquicken(ours)
+    assert [type(ours[0]), type(ours[0].mlp)] == [ResidualAttentionBlock, nn.Sequential]
 
 
 def test_an_update_that_half_precision_would_round_away_in_the_weight_is_there():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -24,16 +23,15 @@ Weights = dict[str, torch.Tensor]
 
 
 def fit(folder: Path, name: str, dataset: Path, architecture: str, *options: str) -> str:
-    """Run `finetune fit` on two devices to its end."""
-    command, environment = command_of(folder, name, dataset, architecture, *options)
+    """Run `finetune fit` on two devices to its end; Lightning starts the second process."""
+    command = [sys.executable, "-m", "finetune", *words_of(folder, name, dataset, architecture, *options)]
+    environment = {**os.environ, "PYTHONWARNINGS": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
 
 
-def command_of(
-    folder: Path, name: str, dataset: Path, architecture: str, *options: str
-) -> tuple[list[str], dict[str, str]]:
+def words_of(folder: Path, name: str, dataset: Path, architecture: str, *options: str) -> list[str]:
     config = {
         "out": str(folder / name),
         "trainer": {"max_steps": STEPS, "accelerator": "cpu", "devices": 2, "val_check_interval": 3},
@@ -43,8 +41,7 @@ def command_of(
     }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "finetune", "fit", "--config", str(path), *options]
-    return command, {**os.environ, "PYTHONWARNINGS": "", "OMP_NUM_THREADS": "1"}
+    return ["fit", "--config", str(path), *options]
 
 
 def weights(run: Path, name: str = "last") -> Weights:
@@ -61,17 +58,18 @@ def assert_close(found: Weights, expected: Weights, atol: float) -> None:
 
 @pytest.fixture(scope="module")
 def command() -> Iterator[Warm]:
-    with warm("lightning", "open_clip") as started:
+    with warm("lightning", "open_clip", "finetune.fit") as started:
         yield started
 
 
 @pytest.fixture(scope="module")
-def runs(dataset, architectures, tmp_path_factory) -> Path:
+def runs(dataset, architectures, tmp_path_factory, command) -> Path:
     """The same run under both strategies, all weights trained."""
     folder = tmp_path_factory.mktemp("sharded")
-    for strategy in ("ddp", "fsdp2"):
-        options = ["--model.adapter.kind", "full", "--trainer.strategy", strategy]
-        fit(folder, strategy, dataset, architectures["tiny-vit"], *options)
+    options = ["--model.adapter.kind", "full", "--trainer.strategy"]
+    fit(folder, "ddp", dataset, architectures["tiny-vit"], *options, "ddp")
+    done = command(folder, words_of(folder, "fsdp2", dataset, architectures["tiny-vit"], *options, "fsdp2"), ranks=2)
+    assert done.status == 0, done.error[-3000:]
     return folder
 
 
@@ -87,30 +85,29 @@ def test_figures_before_and_after_are_those_of_ddp(runs):
     assert found["facts"]["trainable_parameters"] == expected["facts"]["trainable_parameters"]
 
 
-def test_a_killed_sharded_run_goes_on_from_its_checkpoint(runs, dataset, architectures):
+def test_a_killed_sharded_run_goes_on_from_its_checkpoint(runs, dataset, architectures, command):
     options = ["--model.adapter.kind", "full", "--trainer.strategy", "fsdp2", "--checkpoint_every_n_steps", "2"]
-    given = (runs, "again", dataset, architectures["tiny-vit"], *options)
-    command, environment = command_of(*given)
-    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment, start_new_session=True)
-    last = runs / "again" / "checkpoints" / "last.ckpt"
-    while not last.exists() and running.poll() is None:
+    words = words_of(runs, "again", dataset, architectures["tiny-vit"], *options)
+    running, last = command.start(runs, words, ranks=2), runs / "again" / "checkpoints" / "last.ckpt"
+    until = time.monotonic() + 100
+    while not last.exists() and time.monotonic() < until:
         time.sleep(0.01)
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
+    running.kill()
     assert not (runs / "again" / "finished.json").exists()
     assert torch.load(last, weights_only=True)["global_step"] < STEPS  # noqa: TID251 - written above
-    assert "going on from" in fit(*given)
+    done = command(runs, words, ranks=2)
+    assert done.status == 0, done.error[-3000:]
+    assert "going on from" in done.error
     assert_close(weights(runs / "again"), weights(runs / "fsdp2"), atol=1e-6)
 
 
 def test_a_sharded_lora_trains_and_is_exported(runs, dataset, architectures, command):
     """DoRA, which is LoRA and the lengths of whole weights, of which each process has a part."""
-    adapter = ["--model.adapter.rank", "2", "--model.adapter.variant", "dora"]
+    given = (dataset, architectures["tiny-vit"], "--model.adapter.rank", "2", "--model.adapter.variant", "dora")
     options = ["--trainer.strategy", "fsdp2", "--model.compute.micro_batch_size", "3"]
-    fit(runs, "lora", dataset, architectures["tiny-vit"], *adapter, *options)
+    assert command(runs, words_of(runs, "lora", *given, *options), ranks=2).status == 0
     whole = ["--trainer.devices", "1", "--trainer.strategy", "auto", "--data.batch_size", "16"]
-    words, _ = command_of(runs, "lora-alone", dataset, architectures["tiny-vit"], *adapter, *whole)
-    assert command(runs, words[3:]).status == 0
+    assert command(runs, words_of(runs, "lora-alone", *given, *whole)).status == 0
     assert_close(weights(runs / "lora"), weights(runs / "lora-alone"), atol=1e-4)
     export(runs / "lora", runs / "exported")
     open_clip.create_model(f"local-dir:{runs / 'exported'}")
@@ -122,7 +119,6 @@ def test_a_sharded_lora_trains_and_is_exported(runs, dataset, architectures, com
 )
 def test_what_needs_all_weights_is_refused(dataset, architectures, tmp_path, command, option, value):
     options = [f"--{option}", value, "--trainer.strategy", "fsdp2"]
-    words, _ = command_of(tmp_path, "run", dataset, architectures["tiny-vit"], *options)
-    told = command(tmp_path, words[3:])
+    told = command(tmp_path, words_of(tmp_path, "run", dataset, architectures["tiny-vit"], *options))
     assert told.status == 2
     assert f"{option}: not with trainer.strategy fsdp2" in told.error

@@ -1,13 +1,14 @@
 """Commands of `finetune`, each in a process of its own, without importing what all of them import a hundred times over.
 
-One process imports the command line and forks for each command. What a command imports beyond that, its status, its
-stderr and its CPU time are its own.
+One process imports the command line and forks for each command, or for each rank of it, as torchrun would start them.
+What a command imports beyond that, its status, its stderr and its CPU time are its own; it can be killed as any other.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 SERVER = """
-import importlib, json, os, sys
+import importlib, json, os, socket, sys
 from finetune.cli import main
 
 for name in sys.argv[1:]:
@@ -25,7 +26,7 @@ for name in sys.argv[1:]:
 def command(folder, words):
     os.chdir(folder)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(os.open("stderr.txt", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 2)
+    os.dup2(os.open("stderr.txt", os.O_CREAT | os.O_APPEND | os.O_WRONLY), 2)
     try:
         status = main(words)
     except SystemExit as ended:
@@ -37,8 +38,35 @@ def command(folder, words):
     sys.stderr.flush()
     os._exit(status or 0)
 
+def torchrun(ranks, folder, words):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    running = set()
+    for rank in range(ranks):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        child = os.fork()
+        if child == 0:
+            os.environ.update({name: str(value) for name, value in (place | where).items()})
+            command(folder, words)
+        running.add(child)
+    status = 0
+    while running and not status:
+        child, ended = os.wait()
+        running.remove(child)
+        status = os.waitstatus_to_exitcode(ended)
+    for child in running:
+        os.kill(child, 9)
+    os._exit(abs(status))
+
+def start(ranks, folder, words):
+    os.setsid()
+    open(os.path.join(folder, "stderr.txt"), "w").close()
+    command(folder, words) if ranks == 1 else torchrun(ranks, folder, words)
+
 for line in sys.stdin:
-    child = os.fork() or command(*json.loads(line))
+    child = os.fork() or start(*json.loads(line))
+    print(child, flush=True)
     _, status, usage = os.wait4(child, 0)
     print(json.dumps([os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime]), flush=True)
 """
@@ -53,18 +81,42 @@ class Answer(NamedTuple):
 
 
 class Warm:
-    """The process that forks."""
+    """The process that forks; it runs one command at a time."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def __call__(self, folder: Path, words: Sequence[str]) -> Answer:
-        """Run `finetune WORDS` in a folder."""
+    def __call__(self, folder: Path, words: Sequence[str], ranks: int = 1) -> Answer:
+        """Run `finetune WORDS` in a folder to its end."""
+        return self.start(folder, words, ranks).answer()
+
+    def start(self, folder: Path, words: Sequence[str], ranks: int = 1) -> Running:
+        """Start `finetune WORDS` in a folder."""
         assert self._process.stdin is not None
+        print(json.dumps([ranks, str(folder), list(words)]), file=self._process.stdin, flush=True)
+        return Running(folder, int(self._line()), self)
+
+    def _line(self) -> str:
         assert self._process.stdout is not None
-        print(json.dumps([str(folder), list(words)]), file=self._process.stdin, flush=True)
-        status, seconds = json.loads(self._process.stdout.readline())
-        return Answer(status, (folder / "stderr.txt").read_text(encoding="utf-8"), seconds)
+        return self._process.stdout.readline()
+
+
+class Running(NamedTuple):
+    """A command at work."""
+
+    folder: Path
+    pid: int
+    warm: Warm
+
+    def kill(self) -> None:
+        """Kill all its processes, and see that it did not end before."""
+        os.killpg(self.pid, signal.SIGKILL)
+        assert self.answer().status == -signal.SIGKILL
+
+    def answer(self) -> Answer:
+        """Wait until it has ended."""
+        status, seconds = json.loads(self.warm._line())
+        return Answer(status, (self.folder / "stderr.txt").read_text(encoding="utf-8"), seconds)
 
 
 @contextmanager
