@@ -1,12 +1,13 @@
 """One training step, beside open_clip_train's: samples per CPU-second in float32 and bfloat16, and LoRA's memory.
 
-    python benchmarks/step.py             a tiny ViT, 12 steps, and ViT-B/32, 3 steps; a quarter of an hour
-    python benchmarks/step.py --quick     the tiny ViT, 4 steps
+    python benchmarks/step.py             a tiny ViT and ViT-B/32, medians of three runs; half an hour
+    python benchmarks/step.py --quick     the tiny ViT, one run
+    python benchmarks/step.py --tiny      the tiny ViT alone, medians of three runs
     python benchmarks/step.py --bf16      bfloat16 too where this CPU has no arithmetic for it: hours
 
 The same tensors for all, made by seed: random images, and captions as long as web captions are (log-normal, median 11
-tokens with both ends, σ 0.6; open_clip pads them to 77). Each arm is a process of its own, one thread, and what is
-counted is CPU time after the first step:
+tokens with both ends, σ 0.6; open_clip pads them to 77). Each arm is a process of its own, one thread, all in turn, and
+what is counted is CPU time after the first step:
 
     open_clip       open_clip_train.train.train_one_epoch with its loss and AdamW as its main makes it; fp32, amp_bf16
     finetune        CLIPModule under lightning.Trainer, as `finetune fit` has it; 32-true, bf16-mixed
@@ -32,6 +33,7 @@ import json
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -70,7 +72,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the tiny ViT, 4 steps")
+    parser.add_argument("--quick", action="store_true", help="the tiny ViT, one run")
+    parser.add_argument("--tiny", action="store_true", help="the tiny ViT alone")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 even where this CPU has no arithmetic for it")
     parser.add_argument("--arm", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -88,20 +91,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tiny = Path(folder) / "tiny-clip.json"
         tiny.write_text(json.dumps(TINY), encoding="utf-8")
-        figures |= compare("tiny", str(tiny), 64, 4 if given.quick else 12, arms)
-    if not given.quick:
-        found = compare("ViT-B/32", "ViT-B-32", 16, 3, arms)
+        figures |= compare("tiny", str(tiny), 64, 4, 1 if given.quick else 3, arms)
+    if not (given.quick or given.tiny):
+        found = compare("ViT-B/32", "ViT-B-32", 16, 3, 3, arms)
         figures |= {f"b32_{key}": value for key, value in found.items()}
     print(json.dumps(figures))
 
 
-def compare(label: str, name: str, batch: int, steps: int, arms: list[str]) -> dict[str, float]:
+def compare(label: str, name: str, batch: int, steps: int, runs: int, arms: list[str]) -> dict[str, float]:
     """The arms, of one architecture."""
-    print(f"\n{label}, batches of {batch}, {steps} steps\n\n| | samples per CPU-second | MB | MB, with the heap |")
-    print("|---|---|---|---|", flush=True)
+    print(f"\n{label}, batches of {batch}, {steps} steps, median of {runs}\n", flush=True)
+    several = [{arm: run_arm(arm, name, batch, steps, {}) for arm in arms} for _ in range(runs)]
+    print("| | samples per CPU-second | MB | MB, with the heap |\n|---|---|---|---|")
     found: dict[str, dict[str, float]] = {}
     for arm in arms:
-        found[arm] = run_arm(arm, name, batch, steps, {})
+        found[arm] = {key: statistics.median(run[arm][key] for run in several) for key in ("speed", "mb")}
         found[arm]["held"] = run_arm(arm, name, batch, 2, GIVES_BACK)["mb"]
         cells = (f"{found[arm][key]:{form}}" for key, form in (("speed", ".1f"), ("held", ",.0f"), ("mb", ",.0f")))
         print(f"| {arm} | {' | '.join(cells)} |", flush=True)

@@ -70,8 +70,7 @@ class SplitAttention(nn.Module):
         """What is attended to (B, T, D), of what `project` gives."""
         q, k, v = (_heads(x, self.num_heads) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
-        mask = _additive(attn_mask, q)
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        mixed = _attend(q, k, v, _additive(attn_mask, q), dropout)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -127,8 +126,10 @@ class SplitTrunkAttention(nn.Module):
         k = self.k_norm(_heads(self.k_proj(x), self.num_heads))
         v = _heads(self.v_proj(x), self.num_heads)
         dropout = self.attn_drop.p if self.training else 0.0
-        mixed = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal
+        mixed = (
+            functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+            if is_causal
+            else _attend(q, k, v, attn_mask, dropout)
         )
         return self.proj_drop(self.out_proj(self.norm(mixed.transpose(1, 2).flatten(2))))
 
@@ -179,7 +180,7 @@ class SplitAttentionPool(nn.Module):
         # Upstream lets every position ask and keeps the first; only the first asks here.
         q = _heads(self.q_proj(x[:, :1]), self.num_heads)
         k, v = _heads(self.k_proj(x), self.num_heads), _heads(self.v_proj(x), self.num_heads)
-        mixed = functional.scaled_dot_product_attention(q, k, v)
+        mixed = _attend(q, k, v)
         return self.c_proj(mixed.transpose(1, 2).flatten(2))[:, 0]
 
 
@@ -219,6 +220,15 @@ def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, float("-inf"))
     mask = mask.to(q.dtype)
     return mask.unflatten(0, (q.shape[0], q.shape[1])) if mask.ndim == 3 else mask
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """What is attended to, (B, H, T, D/H)."""
+    is_rounded = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
+    if is_rounded and (mask is None or mask.is_floating_point()):
+        # torch's fused kernel takes three times as long there, most of it backward.
+        return functional.dropout(_attention_weights(q, k, mask).to(v.dtype), dropout) @ v
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
 def _attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:

@@ -128,3 +128,31 @@ def test_gradients_of_the_attention_pool_equal_upstreams():
     split(x).square().sum().backward()
     for name, parameter in split.named_parameters():
         torch.testing.assert_close(parameter.grad, upstream[name], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("mask", [None, torch.full((6, 6), -torch.inf).triu(1)])
+def test_in_bfloat16_outputs_and_gradients_are_as_near_as_its_rounding(mask):
+    torch.manual_seed(0)
+    split = SplitAttention(nn.MultiheadAttention(32, 4, batch_first=True)).eval()
+    x, toward, found = torch.randn(3, 6, 32), torch.randn(3, 6, 32), []
+    for autocast in (False, True):
+        given = x.clone().requires_grad_()
+        split.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out, _ = split(given, given, given, need_weights=False, attn_mask=mask)
+        (out * toward).sum().backward()
+        found.append((out, given.grad, split.q_proj.weight.grad.clone(), split.v_proj.weight.grad.clone()))
+    assert found[1][0].dtype == torch.bfloat16
+    for rounded, exact in zip(found[1], found[0], strict=True):
+        assert (rounded.float() - exact).norm() < 0.02 * exact.norm()
+
+
+def test_in_bfloat16_attention_is_dropped_in_training_alone():
+    torch.manual_seed(0)
+    split = SplitAttention(nn.MultiheadAttention(32, 4, batch_first=True, dropout=0.5)).bfloat16()
+    x = torch.randn(3, 6, 32).bfloat16()
+    first, second = (split(x, x, x, need_weights=False)[0] for _ in range(2))
+    assert not torch.equal(first, second)
+    split.eval()
+    first, second = (split(x, x, x, need_weights=False)[0] for _ in range(2))
+    assert torch.equal(first, second)

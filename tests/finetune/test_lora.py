@@ -127,15 +127,18 @@ def kept(model: nn.Module, x: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_a_block_under_autocast_is_pefts_as_near_as_bfloat16_is(kind):
+def test_a_block_under_autocast_is_as_near_to_exact_as_pefts(kind):
+    """Given float32, or bfloat16 as a ViT's residual stream is."""
     theirs, ours = block_of().float(), block_of().float()
     quicken(ours)
     x = torch.randn(3, 5, 8).to(kind)
+    exact = gradients(theirs, x.float())
     with torch.autocast("cpu", torch.bfloat16):
         expected, found = gradients(theirs, x), gradients(ours, x)
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype
-        assert (found[name].float() - value.float()).norm() <= 0.03 * value.float().norm(), name
+    for name, value in exact.items():
+        assert found[name].dtype == expected[name].dtype
+        theirs_off, ours_off = ((each[name].float() - value).norm() / value.norm() for each in (expected, found))
+        assert ours_off <= 1.5 * theirs_off + 0.005, name
 
 
 @pytest.mark.parametrize(("activation", "spared"), [(nn.GELU, 4), (QuickGELU, 8)])
