@@ -78,7 +78,7 @@ def read_index(dataset: Path, split: str | None = None, columns: Sequence[str] =
     tables = []
     for number, stem in enumerate(stems):
         table = _read_shard_index(stem, columns)
-        tables.append(table.append_column("tar", pa.array([number] * table.num_rows, pa.int32())))
+        tables.append(table.append_column("tar", pa.repeat(pa.scalar(number, pa.int32()), table.num_rows)))
     return SampleIndex(
         [stem.with_suffix(".tar") for stem in stems], pa.concat_tables(tables, promote_options="permissive")
     )
