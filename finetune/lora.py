@@ -20,7 +20,7 @@ Axes: M positions of all samples, I inputs, O outputs, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -158,7 +158,8 @@ class _Update(torch.autograd.Function):
         x_MI, *saved = ctx.saved_tensors
         count = len(ctx.scales) * len(Factors._fields)
         layers, lows = _by_layer(saved[:count]), saved[count:]
-        read_MI = ctx.before.of(x_MI).to(layers[0].weight.dtype)
+        read_MI, back = ctx.before.again(x_MI)
+        read_MI = read_MI.to(layers[0].weight.dtype)
         if ctx.is_exact:
             # Of all layers at once: they read the same.
             lows = (torch.cat([each.a for each in layers]) @ read_MI.T).split([len(each.a) for each in layers])
@@ -172,7 +173,7 @@ class _Update(torch.autograd.Function):
                 to_read = gradient_MO @ weight_OI if to_read is None else to_read.addmm_(gradient_MO, weight_OI)
                 if not ctx.is_exact:
                     to_read.addmm_(back_rM.T, layer.a, alpha=scale)
-        to_x = None if to_read is None else ctx.before.back(to_read.to(x_MI.dtype), x_MI)
+        to_x = None if to_read is None else back(to_read.to(x_MI.dtype))
         return to_x, None, None, *to_factors
 
 
@@ -189,6 +190,10 @@ def _is_exact(x: Tensor) -> bool:
 # --- what layers read -------------------------------------------------------------------------------------------------
 
 
+Back = Callable[[Tensor], Tensor]
+"""The gradient to an input, from that to what is made of it."""
+
+
 class Before:
     """What layers read, as made of what is kept; here, what is kept itself."""
 
@@ -196,10 +201,9 @@ class Before:
         """What they read, shaped like `x`."""
         return x
 
-    def back(self, gradient: Tensor, x: Tensor) -> Tensor:
-        """The gradient to `x`, from that to what they read."""
-        del x
-        return gradient
+    def again(self, x: Tensor) -> tuple[Tensor, Back]:
+        """The same, and the way back to `x`."""
+        return x, lambda gradient: gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,10 +216,9 @@ class Gelu(Before):
         """As always."""
         return functional.gelu(x, approximate=self.approximate)
 
-    def back(self, gradient: Tensor, x: Tensor) -> Tensor:
+    def again(self, x: Tensor) -> tuple[Tensor, Back]:
         """As always."""
-        to_x: Tensor = torch.ops.aten.gelu_backward(gradient, x, approximate=self.approximate)
-        return to_x
+        return self.of(x), lambda gradient: torch.ops.aten.gelu_backward(gradient, x, approximate=self.approximate)
 
 
 class QuickGelu(Before):
@@ -225,15 +228,15 @@ class QuickGelu(Before):
         """As always."""
         return x * torch.sigmoid(QUICK * x)
 
-    def back(self, gradient: Tensor, x: Tensor) -> Tensor:
+    def again(self, x: Tensor) -> tuple[Tensor, Back]:
         """As always."""
         share = torch.sigmoid(QUICK * x)
-        return gradient * (share * (1 + QUICK * x * (1 - share)))
+        return x * share, lambda gradient: gradient * (share * (1 + QUICK * x * (1 - share)))
 
 
 @dataclass(frozen=True, slots=True)
 class Norm(Before):
-    """A LayerNorm that is not trained."""
+    """A LayerNorm that is not trained, in the precision of its weights, as autocast has it."""
 
     weight: Tensor
     bias: Tensor
@@ -241,20 +244,24 @@ class Norm(Before):
 
     def of(self, x: Tensor) -> Tensor:
         """As always."""
-        return self._whole(x)[0]
+        return self._whole(x.to(self.weight.dtype))[0]
 
-    def back(self, gradient: Tensor, x: Tensor) -> Tensor:
+    def again(self, x: Tensor) -> tuple[Tensor, Back]:
         """As always."""
-        kind, shape = self.weight.dtype, [x.shape[-1]]
-        _, mean, rstd = self._whole(x)
-        to_x: Tensor = torch.ops.aten.native_layer_norm_backward(
-            gradient.to(kind), x.to(kind), shape, mean, rstd, self.weight, self.bias, [True, False, False]
-        )[0]
-        return to_x.to(x.dtype)
+        given = x.to(self.weight.dtype)
+        read, mean, rstd = self._whole(given)
+
+        def back(gradient: Tensor) -> Tensor:
+            shape, wanted = [x.shape[-1]], [True, False, False]
+            to_given: Tensor = torch.ops.aten.native_layer_norm_backward(
+                gradient.to(given.dtype), given, shape, mean, rstd, self.weight, self.bias, wanted
+            )[0]
+            return to_given.to(x.dtype)
+
+        return read, back
 
     def _whole(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # In the precision of its weights, as autocast has it.
-        return torch.native_layer_norm(x.to(self.weight.dtype), [x.shape[-1]], self.weight, self.bias, self.eps)
+        return torch.native_layer_norm(x, [x.shape[-1]], self.weight, self.bias, self.eps)
 
 
 QUICK = 1.702
@@ -267,7 +274,7 @@ def _activation_of(module: nn.Module) -> Before | None:
     return Gelu(module.approximate) if type(module) is nn.GELU else None
 
 
-def _norm_of(module: nn.Module) -> Norm | None:
+def _norm_of(module: Any) -> Norm | None:
     """None of a kind that is not known here, or of one that is trained."""
     if type(module) not in (nn.LayerNorm, LayerNorm) or not module.elementwise_affine or module.bias is None:
         return None
@@ -295,11 +302,10 @@ def quicken(model: nn.Module) -> None:
 
 def unquicken(model: nn.Module) -> None:
     """Give a model, whose LoRA layers have been merged, its own blocks and MLPs back, in place."""
-    for module in list(model.modules()):
-        if type(module) is LoraBlock:
-            module.__class__ = ResidualAttentionBlock
-        elif type(module) is LoraMlp:
-            module.__class__ = nn.Sequential
+    own: dict[type, type[nn.Module]] = {LoraBlock: ResidualAttentionBlock, LoraMlp: nn.Sequential}
+    modules: list[nn.Module] = [module for module in model.modules() if type(module) in own]
+    for module in modules:
+        module.__class__ = own[type(module)]
 
 
 def _is_mlp(module: nn.Sequential) -> bool:

@@ -62,13 +62,14 @@ def by_area(rgb: RGB, size: tuple[int, int], extent: tuple[float, float], *, is_
         return _to(rgb, size)
     points_across = 1 if far < (_ONE_ACROSS_MEANS if is_scaled else _ONE_ACROSS) else 2
     points_down = 1 if far < _ONE else 2
-    fine = {"fx": points_across / across, "fy": points_down / down, "interpolation": cv2.INTER_LINEAR}
-    points = cv2.resize(rgb, None, **fine)[: points_down * height, : points_across * width]
+    fx, fy = points_across / across, points_down / down
+    points = cv2.resize(rgb, None, fx=fx, fy=fy, interpolation=cv2.INTER_LINEAR)
+    points = points[: points_down * height, : points_across * width]
     if points_across == 2:
         return _to(points, size)
     if points_down == 2:
         points = cv2.addWeighted(points[::2], 0.5, points[1::2], 0.5, 0.0)
-    return np.ascontiguousarray(points)
+    return np.ascontiguousarray(points, np.uint8)
 
 
 def _to(rgb: Any, size: tuple[int, int]) -> RGB:
