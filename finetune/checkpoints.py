@@ -260,6 +260,8 @@ class KeepLast(Checkpoint):
         if _in_mid_step(trainer):
             return
         if (asked or trainer.global_step % self.every_n_steps == 0) and not _validation_follows(trainer):
+            # Lightning does it after this, and a run killed in between would go on without the step's row.
+            trainer._logger_connector.update_train_step_metrics()
             self.save(trainer)
             self._stops = asked
 

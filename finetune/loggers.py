@@ -23,7 +23,7 @@ class MetricsFile(Logger):
     """One row a logged step: epoch, step, and every metric seen so far, empty where it was not measured.
 
     Lightning's deletes the rows of the interrupted run. Here they stay, but for those from the step on where this run
-    takes up again.
+    takes up again. What is logged twice, before and after a checkpoint (finetune/checkpoints.py), is one row.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,11 +48,14 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add a row, or to the row of the same step."""
+        """Add a row."""
         step = step or 0
         if not self._continued:
             self._read_until(step)
-        row = {"epoch": int(metrics.pop("epoch", 0)), "step": step, **{name: float(v) for name, v in metrics.items()}}
+        given = dict(metrics)  # which goes to the other loggers too
+        row = {"epoch": int(given.pop("epoch", 0)), "step": step, **{name: float(v) for name, v in given.items()}}
+        if self.rows and self.rows[-1] == row:
+            return
         self.rows.append(row)
         new = [name for name in row if name not in self.columns]
         self.columns[2:] = sorted([*self.columns[2:], *new])

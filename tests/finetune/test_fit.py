@@ -152,6 +152,22 @@ def test_a_run_that_died_at_any_step_ends_with_the_weights_of_the_unbroken_one(c
     assert_same_run(tmp_path, unbroken)
 
 
+def test_a_run_that_died_right_after_a_checkpoint_has_the_rows_of_the_unbroken_one(config, unbroken, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        save = KeepLast.save
+
+        def save_and_die(self, trainer):
+            save(self, trainer)
+            if trainer.global_step == 6:
+                raise ZeroDivisionError
+
+        patch.setattr(KeepLast, "save", save_and_die)
+        with pytest.raises(ZeroDivisionError):
+            fit(replace(config, out=tmp_path))
+    assert fit(replace(config, out=tmp_path)).resumed
+    assert_same_run(tmp_path, unbroken)
+
+
 TRAIN = """
 import pickle, sys
 from pathlib import Path
