@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import pickle
 import shutil
@@ -29,7 +30,7 @@ from curate.index import MemberReader, iter_images, read_index
 from curate.remote import cache_folder, far, locked, mirror
 from curate.shards import ShardWriter, shard_folder
 from finetune.cli import main
-from finetune.config import AdapterConfig, DataConfig, KeepConfig, SourceConfig
+from finetune.config import AdapterConfig, DataConfig, KeepConfig, OptimizerConfig, SourceConfig
 from finetune.data import data_fingerprint
 from finetune.embedding import find_pictures
 from finetune.features import key_of
@@ -42,6 +43,7 @@ from tests.finetune import tiny
 from tests.finetune.fitted import tiny_config
 from tests.finetune.test_data import WithClip, assert_same, batches
 from tests.finetune.test_fit_datasets import foreign  # noqa: F401 - a fixture
+from tests.finetune.warm import warm
 
 FAR = Path("s3://far/dataset")
 SHARD = 61_440  # bytes of a tar of eight samples
@@ -510,3 +512,26 @@ def test_killed_in_the_middle_of_an_epoch_a_run_ends_with_the_same_weights(serve
     out, err = capsys.readouterr()
     assert "val/image_to_text/recall@1" in out
     assert "of tars far away, shuffled within 16 samples" in err  # the plan
+
+
+def test_two_ranks_see_the_batches_of_one_window_after_window(server, architectures, tmp_path):
+    one = tiny_config(tmp_path / "one", FAR, architectures["tiny-vit"], AdapterConfig(kind="full"), steps=4)
+    one = replace(
+        one,
+        trainer=replace(one.trainer, val_check_interval=4, log_every_n_steps=1),
+        model=replace(one.model, optimizer=OptimizerConfig(lr=1e-3)),
+        data=replace(one.data, batch_size=12, window=16, crop_scale=(0.5, 1.0)),
+        keep=KeepConfig(interpolate=0),
+    )
+    fit(one)
+    two = ["--out", str(tmp_path / "two"), "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    with warm("lightning", "open_clip", "finetune.fit") as command:
+        words = ["fit", "--config", str(one.out / "config.yaml"), *two, "--data.batch_size", "6"]
+        done = command(tmp_path, words, ranks=2)
+    assert done.status == 0, done.error[-3000:]
+    losses = []
+    for run in (one.out, tmp_path / "two"):
+        with (run / "metrics.csv").open() as file:
+            losses.append([float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)  # of other batches they differ in the first digit
