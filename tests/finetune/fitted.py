@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
+from curate.errors import Busy
 from finetune.config import (
     AdapterConfig,
     ClipConfig,
@@ -17,6 +19,7 @@ from finetune.config import (
     ZeroShotConfig,
 )
 from finetune.fit import fit
+from finetune.folder import only_process
 from tests.finetune import tiny
 
 
@@ -55,3 +58,19 @@ def labelled_folder(folder: Path, each: int = 2) -> Path:
         for number in range(each):
             (folder / colour / f"{number}.png").write_bytes(tiny.picture(colour, "circle", 1000 + 10 * place + number))
     return folder
+
+
+def wait_until_free(run: Path) -> None:
+    """Wait for the last of a killed run's processes to be gone: the lock is its ranks' and its workers' too."""
+    until = time.monotonic() + 20
+    while not _is_free(run):
+        assert time.monotonic() < until, f"{run} is still locked"
+        time.sleep(0.01)
+
+
+def _is_free(run: Path) -> bool:
+    try:
+        with only_process(run):
+            return True
+    except Busy:
+        return False

@@ -20,6 +20,7 @@ import torch
 
 from finetune.config import FitConfig
 from finetune.fit import fit, plan
+from tests.finetune.fitted import wait_until_free
 
 PATIENCE_S = 200
 
@@ -54,7 +55,10 @@ def train_ranks(config: FitConfig) -> int:
             where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
             os.environ.update({name: str(value) for name, value in (place | where).items()})
             return train(config)
-    return max(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(ranks))
+    for _ in range(ranks):
+        if os.wait()[1]:
+            os.killpg(0, signal.SIGKILL)  # the others would wait for it
+    return 0
 
 
 def ends_within(child: int, seconds: float) -> bool:
@@ -82,6 +86,7 @@ def kill_and_go_on(file: Path, kills: int, seed: int) -> None:
         assert not ends_within(child, moments.uniform(0, 0.1)), "ended too soon to be killed"
         os.killpg(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        wait_until_free(config.out)
     assert ends_within(started(file), PATIENCE_S)
 
 

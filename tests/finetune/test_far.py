@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from curate import cache, remote
 from curate.cache import fetch
 from curate.clip import load_clip
-from curate.errors import Busy, ConfigError, InputError, Outage
+from curate.errors import ConfigError, InputError, Outage
 from curate.index import MemberReader, iter_images, read_index
 from curate.remote import cache_folder, far, locked, mirror
 from curate.shards import ShardWriter, shard_folder
@@ -35,12 +35,11 @@ from finetune.data import data_fingerprint
 from finetune.embedding import find_pictures
 from finetune.features import key_of
 from finetune.fit import fit
-from finetune.folder import only_process
 from finetune.schedule import Schedule
 from finetune.windows import Windows
 from tests.buckets import s3_server
 from tests.finetune import tiny
-from tests.finetune.fitted import tiny_config
+from tests.finetune.fitted import tiny_config, wait_until_free
 from tests.finetune.test_data import WithClip, assert_same, batches
 from tests.finetune.test_fit_datasets import foreign  # noqa: F401 - a fixture
 from tests.finetune.warm import warm
@@ -456,22 +455,6 @@ def test_a_window_that_does_not_fit_into_the_cache_is_refused(clip, server, monk
 
 
 FIT = "import pickle, sys; from finetune.fit import fit; fit(pickle.loads(open(sys.argv[1], 'rb').read()))"
-
-
-def is_free(run: Path) -> bool:
-    try:
-        with only_process(run):
-            return True
-    except Busy:
-        return False
-
-
-def wait_until_free(run: Path) -> None:
-    """Wait for the last of a killed run's workers to be gone: it holds the lock that it was forked with."""
-    until = time.monotonic() + 20
-    while not is_free(run):
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def test_killed_in_the_middle_of_an_epoch_a_run_ends_with_the_same_weights(server, architectures, tmp_path, capsys):

@@ -14,6 +14,7 @@ import yaml
 from finetune.cli import main
 from finetune.export import export
 from tests.finetune import tiny
+from tests.finetune.fitted import wait_until_free
 from tests.finetune.warm import Warm, warm
 
 LONG = " ".join(["word"] * 30)
@@ -65,6 +66,7 @@ def test_a_killed_run_on_several_sources_ends_with_the_same_weights(folder, comm
     while not last.exists() and time.monotonic() < until:
         time.sleep(0.005)
     running.kill()
+    wait_until_free(folder / "killed")
     assert not (folder / "killed" / "finished.json").exists()
     again = command(folder, [*fit, "killed"])
     assert "going on from" in again.error

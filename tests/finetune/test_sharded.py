@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from finetune.export import export
+from tests.finetune.fitted import wait_until_free
 from tests.finetune.warm import Warm, warm
 
 STEPS = 6
@@ -93,6 +94,7 @@ def test_a_killed_sharded_run_goes_on_from_its_checkpoint(runs, dataset, archite
     while not last.exists() and time.monotonic() < until:
         time.sleep(0.01)
     running.kill()
+    wait_until_free(runs / "again")
     assert not (runs / "again" / "finished.json").exists()
     assert torch.load(last, weights_only=True)["global_step"] < STEPS  # noqa: TID251 - written above
     done = command(runs, words, ranks=2)
