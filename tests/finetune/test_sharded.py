@@ -103,16 +103,17 @@ def test_a_killed_sharded_run_goes_on_from_its_checkpoint(runs, dataset, archite
     assert_close(weights(runs / "again"), weights(runs / "fsdp2"), atol=1e-6)
 
 
-def test_a_sharded_lora_trains_and_is_exported(runs, dataset, architectures, command):
-    """DoRA, which is LoRA and the lengths of whole weights, of which each process has a part."""
-    given = (dataset, architectures["tiny-vit"], "--model.adapter.rank", "2", "--model.adapter.variant", "dora")
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_a_sharded_lora_trains_and_is_exported(runs, dataset, architectures, command, variant):
+    """LoRA, in few passes over its layers; and DoRA, of whose weights' lengths each process has a part."""
+    given = (dataset, architectures["tiny-vit"], "--model.adapter.rank", "2", "--model.adapter.variant", variant)
     options = ["--trainer.strategy", "fsdp2", "--model.compute.micro_batch_size", "3"]
-    assert command(runs, words_of(runs, "lora", *given, *options), ranks=2).status == 0
+    assert command(runs, words_of(runs, variant, *given, *options), ranks=2).status == 0
     whole = ["--trainer.devices", "1", "--trainer.strategy", "auto", "--data.batch_size", "16"]
-    assert command(runs, words_of(runs, "lora-alone", *given, *whole)).status == 0
-    assert_close(weights(runs / "lora"), weights(runs / "lora-alone"), atol=1e-4)
-    export(runs / "lora", runs / "exported")
-    open_clip.create_model(f"local-dir:{runs / 'exported'}")
+    assert command(runs, words_of(runs, f"{variant}-alone", *given, *whole)).status == 0
+    assert_close(weights(runs / variant), weights(runs / f"{variant}-alone"), atol=1e-4)
+    export(runs / variant, runs / f"{variant}-exported")
+    open_clip.create_model(f"local-dir:{runs / f'{variant}-exported'}")
 
 
 @pytest.mark.parametrize(
