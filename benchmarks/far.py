@@ -37,10 +37,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
-import benchmarks.loader as photographs  # noqa: E402
+import torch
+
+from benchmarks.shared.photographs import write_shards
 
 LATENCY_S = 0.02
 FAR = "s3://far/photographs"
+BATCH = 64
 
 
 def serve(folder: Path) -> None:
@@ -90,7 +93,7 @@ def measure(dataset: str, *, ahead: bool) -> dict[str, float]:
     from finetune.config import DataConfig
     from finetune.data import CLIPDataModule
 
-    photographs.torch.set_num_threads(1)
+    torch.set_num_threads(1)
     clip = load_clip("ViT-B-32", device="cpu")
     clip.tokenizer(["a warm-up"])
 
@@ -99,7 +102,7 @@ def measure(dataset: str, *, ahead: bool) -> dict[str, float]:
             return clip
 
     count = int(os.environ["COUNT"])
-    data = Data(DataConfig(dataset=Path(dataset), batch_size=photographs.BATCH, num_workers=1, window=count // 4))
+    data = Data(DataConfig(dataset=Path(dataset), batch_size=BATCH, num_workers=1, window=count // 4))
     data.setup()
     batches = data.train_dataloader()
     if not ahead:
@@ -157,11 +160,11 @@ def main() -> None:
         return
     import fsspec
 
-    count, rounds, photographs.SHARD = (512, 1, 64) if given.quick else (2048, 3, 128)
+    count, rounds, shard_size = (512, 1, 64) if given.quick else (2048, 3, 128)
     os.environ |= {"COUNT": str(count), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as name, served(Path(name)):
         folder = Path(name)
-        photographs.write_tars(folder / "photographs" / "shards", count)
+        write_shards(folder / "photographs" / "shards", count, shard_size)
         system = fsspec.filesystem("s3")
         system.mkdir("far")
         system.put(str(folder / "photographs"), "far/photographs", recursive=True)

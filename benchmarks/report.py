@@ -17,6 +17,7 @@ import io
 import json
 import os
 import platform
+import sys
 import tarfile
 import tempfile
 from importlib.metadata import version
@@ -27,7 +28,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from selection import A_FILE, METADATA, name, run, write_folder
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.selection import A_FILE, METADATA, name, run, write_folder
 
 MAX_MB = 8
 PICTURES = 40  # in each tar

@@ -1,6 +1,7 @@
 """The pieces of benchmarks/fetch.py and whole_run.py at a size that takes no time; figures are nobody's business."""
 
 import http.client
+import importlib
 import importlib.util
 import math
 import sys
@@ -165,3 +166,11 @@ def test_the_figures_of_whole_runs_are_what_they_say():
     costs = {"open_clip_train": Cost(30.0, 20.0, 1000.0, 9.0), "finetune fit": Cost(10.0, 8.0, 400.0, 9.0)}
     expected = {"wall_ratio": 2.5, "cpu_ratio": 3.0, "memory_share": 0.4, "peak_mb": 400, "peak_mb_open_clip": 1000}
     assert whole_run.figures(costs) == expected
+
+
+SCRIPTS = sorted(path.stem for path in (Path(__file__).parents[1] / "benchmarks").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "select"])  # which steps aside for the library's
+def test_what_a_script_shares_with_others_is_where_it_looks_for_it(name):
+    assert callable(importlib.import_module(f"benchmarks.{name}").main)
