@@ -1,6 +1,6 @@
 """A whole run, `finetune fit` beside open_clip_train: wall time, CPU time and memory on the same pairs and model.
 
-    python benchmarks/whole_run.py             20,480 pairs, two epochs; half an hour
+    python benchmarks/whole_run.py             20,480 pairs, two epochs; ten minutes and more
     python benchmarks/whole_run.py --quick     2,048 pairs
 
 Both commands, one after the other, from the start of Python to its end, the last checkpoint written. The same tars of
