@@ -99,13 +99,15 @@ class LoraBlock(ResidualAttentionBlock):
         """(B, L, D) → (B, L, D)."""
         c_fc, activation, c_proj = self.mlp
         layers = (self.attn.q_proj, self.attn.k_proj, self.attn.v_proj, c_fc, c_proj)
+        norm_1, norm_2 = _norm_of(self.ln_1), _norm_of(self.ln_2)  # None, where it has been set free since
         is_cross = k_x is not None or v_x is not None
-        if is_cross or not all(isinstance(layer, LoraLinear) and layer.is_plain() for layer in layers):
+        is_plain = all(isinstance(layer, LoraLinear) and layer.is_plain() for layer in layers)
+        if is_cross or not is_plain or norm_1 is None or norm_2 is None:
             whole: Tensor = super().forward(q_x, k_x, v_x, attn_mask)
             return whole
-        q, k, v = updated(q_x, layers[:3], _norm_of(self.ln_1))
+        q, k, v = updated(q_x, layers[:3], norm_1)
         x = q_x + self.ls_1(self.attn.mix(q, k, v, attn_mask))
-        wide = updated(x, [c_fc], _norm_of(self.ln_2))[0]
+        wide = updated(x, [c_fc], norm_2)[0]
         found: Tensor = x + self.ls_2(updated(wide, [c_proj], _activation_of(activation))[0])
         return found
 

@@ -151,12 +151,14 @@ def test_of_a_block_the_outputs_of_norms_and_activation_are_not_kept(activation,
     assert kept(theirs, x) - kept(ours, x) == pytest.approx(spared * x.numel() + low + norms, abs=20)
 
 
-def test_norms_that_are_trained_get_their_gradients():
+@pytest.mark.parametrize("freed", ["before", "after"])
+def test_norms_that_are_trained_get_their_gradients(freed):
     theirs, ours = block_of(), block_of()
-    for model in (theirs, ours):
-        model[0].ln_1.requires_grad_()
+    theirs[0].ln_1.requires_grad_()
+    ours[0].ln_1.requires_grad_(freed == "before")
     quicken(ours)
-    assert type(ours[0]) is not LoraBlock
+    assert (type(ours[0]) is LoraBlock) == (freed == "after")
+    ours[0].ln_1.requires_grad_()
     x = torch.randn(3, 5, 8, dtype=torch.float64)
     expected, found = gradients(theirs, x), gradients(ours, x)
     assert expected.keys() == found.keys()
