@@ -11,7 +11,6 @@ import os
 import pickle
 import random
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from finetune.config import FitConfig
 from finetune.fit import fit, plan
 from tests.finetune.fitted import wait_until_free
+from tests.finetune.ranks import run_ranks
 
 PATIENCE_S = 200
 
@@ -33,7 +33,8 @@ def started(file: Path) -> int:
         status = 1
         try:
             config = pickle.loads(file.read_bytes())
-            status = train(config) if config.trainer.devices == 1 else train_ranks(config)
+            ranks = config.trainer.devices
+            status = train(config) if ranks == 1 else run_ranks(ranks, lambda: train(config))
         finally:
             os._exit(status)
     return child
@@ -42,22 +43,6 @@ def started(file: Path) -> int:
 def train(config: FitConfig) -> int:
     torch.set_num_threads(1)  # makes the pool of threads anew, before two of them do
     fit(config)
-    return 0
-
-
-def train_ranks(config: FitConfig) -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    ranks = config.trainer.devices
-    for rank in range(ranks):
-        if os.fork() == 0:
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
-            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-            os.environ.update({name: str(value) for name, value in (place | where).items()})
-            return train(config)
-    for _ in range(ranks):
-        if os.wait()[1]:
-            os.killpg(0, signal.SIGKILL)  # the others would wait for it
     return 0
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 SERVER = """
-import importlib, json, os, socket, sys
+import importlib, json, os, sys
 from finetune.cli import main
+from tests.finetune.ranks import run_ranks
 
 for name in sys.argv[1:]:
     importlib.import_module(name)
@@ -38,31 +39,10 @@ def command(folder, words):
     sys.stderr.flush()
     os._exit(status or 0)
 
-def torchrun(ranks, folder, words):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    running = set()
-    for rank in range(ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-        child = os.fork()
-        if child == 0:
-            os.environ.update({name: str(value) for name, value in (place | where).items()})
-            command(folder, words)
-        running.add(child)
-    status = 0
-    while running and not status:
-        child, ended = os.wait()
-        running.remove(child)
-        status = os.waitstatus_to_exitcode(ended)
-    for child in running:
-        os.kill(child, 9)
-    os._exit(abs(status))
-
 def start(ranks, folder, words):
     os.setsid()
     open(os.path.join(folder, "stderr.txt"), "w").close()
-    command(folder, words) if ranks == 1 else torchrun(ranks, folder, words)
+    command(folder, words) if ranks == 1 else os._exit(run_ranks(ranks, lambda: command(folder, words)))
 
 for line in sys.stdin:
     child = os.fork() or start(*json.loads(line))
