@@ -8,8 +8,9 @@ import subprocess
 import sys
 import tarfile
 import threading
-from hashlib import sha1
+from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import ClassVar
 from urllib.parse import unquote, urlsplit
 
@@ -21,6 +22,7 @@ import pytest
 from curate import fetch, plan
 from curate.config import ColumnsConfig, PlanConfig
 from curate.errors import ConfigError, InputError
+from curate.files import fingerprint
 from curate.index import read_index
 from curate.sources import find
 from tests.buckets import s3_server
@@ -187,6 +189,24 @@ def test_a_list_in_memory_is_read(tmp_path):
     assert run("memory://lists/a.jsonl", tmp_path).candidates == 1
 
 
+def test_of_a_folder_far_away_only_the_lists_are_copied(tmp_path):
+    system = fsspec.filesystem("memory")
+    names = ("a.csv", "more/b.csv", "_SUCCESS", "README.md", "_temporary/c.csv", ".hidden.csv", "_old.csv")
+    for name in names:
+        system.pipe(f"/crawl/folder/{name}", f"url,caption\nhttp://a.test/{name},x\n".encode())
+    assert run("memory://crawl/folder", tmp_path).candidates == 2
+    assert sorted(path.name.partition("-")[2] for path in (tmp_path / ".list").iterdir()) == ["a.csv", "b.csv"]
+
+
+@pytest.mark.parametrize("urls", ["memory://mixed/folder", "memory://mixed/folder/*", "memory://mixed/folder/c.md"])
+def test_of_a_folder_far_away_that_is_no_list_nothing_is_copied(tmp_path, urls):
+    for name in ("a.csv", "b.jsonl", "c.md"):
+        fsspec.filesystem("memory").pipe(f"/mixed/folder/{name}", b"x")
+    with pytest.raises(InputError, match="files; expected files of one form, with the ending"):
+        run(urls, tmp_path)
+    assert not (tmp_path / ".list").exists()
+
+
 # --- images that are here --------------------------------------------------------------------------------------------
 
 
@@ -263,6 +283,32 @@ def test_a_users_list_cannot_name_files_here(tmp_path):
     (row,) = planned(tmp_path / "out")
     assert "source_file" not in row
     assert row["list_source_file"] == str(tmp_path / "secret.jpg")
+
+
+def test_a_metadata_files_column_cannot_name_the_file_that_is_read(tmp_path):
+    folder, out = tmp_path / "pictures", tmp_path / "out"
+    folder.mkdir()
+    (folder / "1.jpg").write_bytes(jpeg(1))
+    (tmp_path / "secret.jpg").write_bytes(jpeg(2))
+    (folder / "metadata.csv").write_text("file_name,text,Source_File,source_size\n1.jpg,x,../secret.jpg,7\n")
+    run(folder, out)
+    assert kept(out) == [("x", "1.jpg", jpeg(1))]
+    (row,) = planned(out)
+    assert (row["list_Source_File"], row["list_source_size"]) == ("../secret.jpg", 7)
+
+
+def test_a_dataset_made_of_one_that_was_made_of_images_has_its_own_bytes(tmp_path):
+    """The first says where its images lay, the second where they lay in the first; neither is where they are now."""
+    folder, expected = tmp_path / "0", [("", f"{n}.jpg", jpeg(n)) for n in range(3)]
+    folder.mkdir()
+    for _, name, content in expected:
+        (folder / name).write_bytes(content)
+    for out in (tmp_path / "1", tmp_path / "2", tmp_path / "3"):
+        run(folder, out)
+        assert kept(out) == expected
+        folder = out / "raw"
+    (row, *_) = planned(tmp_path / "3")
+    assert [row[f"{'list_' * times}source_file"] for times in range(3)] == ["00000.tar", "0.jpg", "00000.tar"]
 
 
 def add(tar, name, content):
@@ -360,3 +406,170 @@ def test_a_source_that_moved_is_not_read_again(tmp_path):
     folder.rename(tmp_path / "b")
     run(tmp_path / "b", tmp_path / "out")
     assert fetch.run(tmp_path / "out", impatient()).made == 0
+
+
+def described(folder, rows, images):
+    """A folder of images with a metadata.csv, `rows` below its header."""
+    folder.mkdir(exist_ok=True)
+    for name, content in images.items():
+        (folder / name).write_bytes(content)
+    (folder / "metadata.csv").write_text("file_name,url,text\n" + "".join(f"{row}\n" for row in rows))
+    return folder
+
+
+def test_files_of_one_url_keep_their_own_images_when_a_caption_is_edited(tmp_path):
+    page = "http://a.test/page"
+    rows = [f"1.jpg,{page},one", f"2.jpg,{page},two", "3.jpg,http://a.test/other,three"]
+    folder, out = described(tmp_path / "here", rows, {f"{n}.jpg": jpeg(n) for n in (1, 2, 3)}), tmp_path / "out"
+    run(folder, out)
+    assert [content for *_, content in kept(out)] == [jpeg(1), jpeg(3), jpeg(2)]
+    described(folder, [rows[0].replace("one", "edited"), *rows[1:]], {})
+    run(folder, out)
+    assert kept(out) == [
+        ("edited", page, jpeg(1)),
+        ("three", "http://a.test/other", jpeg(3)),
+        ("two", page, jpeg(2)),
+    ]
+    for row in pq.read_table(out / "raw" / "00000.parquet").to_pylist():
+        assert row["sha256"] == sha256((folder / row["source_file"]).read_bytes()).hexdigest()
+
+
+def test_a_shard_that_is_made_again_has_the_bytes_that_lie_there_now(tmp_path):
+    rows = ["1.jpg,a,one", "2.jpg,b,two"]
+    folder, out = described(tmp_path / "here", rows, {"1.jpg": jpeg(1), "2.jpg": jpeg(2)}), tmp_path / "out"
+    run(folder, out)
+    kept(out)
+    described(folder, ["1.jpg,a,edited", rows[1]], {"2.jpg": jpeg(7)})
+    run(folder, out)
+    assert kept(out) == [("edited", "a", jpeg(1)), ("two", "b", jpeg(7))]
+
+
+def test_what_a_url_came_to_here_is_not_taken_for_its_download(tmp_path):
+    folder, out = (
+        described(tmp_path / "here", ["1.jpg,http://127.0.0.1:9/page,x"], {"1.jpg": jpeg(1)}),
+        tmp_path / "out",
+    )
+    run(folder, out)
+    assert len(kept(out)) == 1
+    (tmp_path / "list.csv").write_text("url,caption\nhttp://127.0.0.1:9/page,x\n")
+    run(tmp_path / "list.csv", out)
+    assert kept(out) == []
+
+
+def test_a_dataset_below_its_source_is_no_part_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "1.jpg").write_bytes(jpeg(1))
+    out = Path("dataset")
+    run(".", out)
+    kept(out)
+    (out / "shards").mkdir()
+    (out / "raw" / "00000.tar").rename(out / "shards" / "train-00000.tar")
+    (tmp_path / "2.jpg").write_bytes(jpeg(2))
+    result = run(".", out)
+    assert (result.rows, result.new, result.dropped) == (2, 1, {})
+    assert [row["source_file"] for row in planned(out)] == ["1.jpg", "2.jpg"]
+
+
+@pytest.mark.parametrize("urls", ["lists", "lists/**/*.parquet"])
+def test_a_dataset_below_its_lists_is_no_part_of_them(tmp_path, monkeypatch, urls):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lists" / "more").mkdir(parents=True)
+    for number, name in enumerate(["1.parquet", "more/2.parquet"]):
+        table = pa.table({"url": [f"http://a.test/{number}"], "caption": ["x"]})
+        pq.write_table(table, tmp_path / "lists" / name)
+        assert run(urls, Path("lists/dataset")).rows == number + 1
+
+
+def test_lists_within_the_datasets_folder_are_read(tmp_path):
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "1.csv").write_text("url,caption\nhttp://a.test/1,x\n")
+    for urls in ("lists", "lists/*.csv", "*/1.csv"):
+        assert run(tmp_path / urls, tmp_path).rows == 1
+
+
+def test_a_dataset_in_its_sources_place_is_refused(tmp_path):
+    (tmp_path / "1.jpg").write_bytes(jpeg(1))
+    with pytest.raises(ConfigError, match=r"--out .*: is the folder that --urls names; choose another"):
+        run(tmp_path, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["1.jpg"]
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_comma_that_is_not_quoted_is_told_with_its_line(tmp_path, first):
+    lines = ["1.jpg,a,a shoe", '2.jpg,b,"two\nlines"', "3.jpg,c,red, and new"]
+    folder = described(tmp_path / "here", lines[::-1] if first else lines, {"1.jpg": jpeg(1)})
+    line = 2 if first else 5
+    with pytest.raises(InputError, match=rf"metadata.csv: line {line} has 4 fields, the header 3; put .quotes. around"):
+        run(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("column", ["text", "said"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_captions_of_a_metadata_file_are_texts(tmp_path, kind, column):
+    captions = ["007", "2020", "2020-01-05", "1.50"]
+    (tmp_path / "0.jpg").write_bytes(jpeg(0))
+    for number in range(3):  # a column of numbers alone, of dates alone, and of both
+        rows = [{"file_name": f"{n}.jpg", column: captions[n]} for n in (range(4), range(2), (2, 2, 2))[number]]
+        if kind == "csv":
+            text = f"file_name,{column}\n" + "".join(f"{row['file_name']},{row[column]}\n" for row in rows)
+        else:
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"metadata.{kind}").write_text(text)
+        out = tmp_path / f"out{number}"
+        run(tmp_path, out, columns=ColumnsConfig(caption=column))
+        assert {row["caption"] for row in planned(out)} == {row[column] for row in rows}
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_row_of_a_metadata_file_without_a_url_has_its_files_name(tmp_path, kind):
+    urls = ["http://a.test/1", None, "  "]
+    (tmp_path / "0.jpg").write_bytes(jpeg(0))
+    if kind == "csv":
+        text = "file_name,url,text\n" + "".join(f"{n}.jpg,{url or ''},x\n" for n, url in enumerate(urls))
+    else:
+        rows = [{"file_name": f"{n}.jpg", "url": url, "text": "x"} for n, url in enumerate(urls)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / f"metadata.{kind}").write_text(text)
+    assert run(tmp_path, tmp_path / "out").candidates == 3
+    assert [row["url"] for row in planned(tmp_path / "out")] == ["http://a.test/1", "1.jpg", "2.jpg"]
+
+
+def test_files_whose_names_are_not_utf8_are_left_out_and_told(tmp_path, caplog):
+    odd = [os.fsdecode(name) for name in (b"caf\xe9.png", b"\xe9/1.jpg", "caf\u00e9.jpg".encode())]
+    (tmp_path / os.fsdecode(b"\xe9")).mkdir()
+    for name in odd:
+        (tmp_path / name).write_bytes(jpeg(1))
+    assert run(tmp_path, tmp_path / "out").candidates == 1
+    assert [row["url"] for row in planned(tmp_path / "out")] == ["caf\u00e9.jpg"]
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "2 files left out, whose names are not UTF-8; the first: " in said
+    assert r"\udce9" in said
+
+
+def test_names_and_texts_in_tars_that_are_not_utf8_are_read(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    with tarfile.open(folder / "0.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, name in enumerate([b"caf\xe9", b"caf\xe8"]):
+            add(tar, os.fsdecode(name + b".jpg"), jpeg(number))
+            add(tar, os.fsdecode(name + b".json"), rb'{"caption": "half \ud83d", "url": ""}')
+        add(tar, "whole.jpg", jpeg(2))
+        add(tar, "whole.json", rb'{"caption": "x", "url": "http://a.test/\ud83d"}')
+    out = tmp_path / "out"
+    assert run(folder, out).candidates == 3
+    assert [(caption, content) for caption, _, content in kept(out)] == [
+        ("half ?", jpeg(1)),
+        ("half ?", jpeg(0)),
+        ("x", jpeg(2)),
+    ]
+
+
+def test_anything_has_a_fingerprint():
+    assert fingerprint("half \ud83d") != fingerprint("half ?")
+
+
+@pytest.mark.parametrize("name", ["{00000..00002}.tar", "*.tar", "0.tar"])
+def test_of_tars_by_webdatasets_notation_the_folder_is_asked_for(tmp_path, name):
+    (tmp_path / "0.tar").write_bytes(b"")
+    with pytest.raises(InputError, match=f"tar: tars are read as a whole folder; give {tmp_path}/"):
+        run(str(tmp_path / name), tmp_path / "out")
