@@ -21,6 +21,12 @@ from curate.filters import parse_steps
 
 logger = logging.getLogger("cliptailor")
 
+LOCK = ".lock"
+WRITTEN = (
+    *("plan", "raw", "signals", "shards", "ledger.parquet"),
+    *("report.html", "README.md", "report.json", "croissant.json", "manifest.json", "concepts.txt", "concepts.parquet"),
+)
+
 
 def build(config: BuildConfig, stages: Sequence[str] = ()) -> None:
     """Run the stages (all, if none is named) on `config.out`, and check what came out.
@@ -29,12 +35,12 @@ def build(config: BuildConfig, stages: Sequence[str] = ()) -> None:
         CliptailorError: as the stages do; Busy, if another run holds the folder; UnwantedResult, if the images did not
             arrive or nothing was kept to train on.
     """
-    _check_filters(config)
+    chosen = [name for name in STAGES if name in stages] or list(STAGES)
+    _check_filters(config, select="select" in chosen)
     if config.executor == "ray":
         from curate.executor import cluster
 
         cluster.check_installed()
-    chosen = [name for name in STAGES if name in stages] or list(STAGES)
     if "plan" in chosen and not config.urls:
         raise ConfigError(
             "--urls: needs a list of URLs: a parquet, csv, tsv, txt, json or jsonl file, a folder, or a glob"
@@ -46,13 +52,20 @@ def build(config: BuildConfig, stages: Sequence[str] = ()) -> None:
         check_books(config.out, config.select)
 
 
-def _check_filters(config: BuildConfig) -> None:
-    """Tell mistakes in the filters and in what is measured before any work, not after an hour of download."""
+def _check_filters(config: BuildConfig, *, select: bool) -> None:
+    """Tell mistakes in the filters and in what is measured before any work, not after an hour of download.
+
+    Without `select`, what the filters name may still be on its way: a list of `curate concepts` comes after the plan.
+    """
     steps = parse_steps(config.filters)
     if steps:
         from curate.expressions import check_measured
 
         check_measured(steps, config.measure)
+    if steps and select:
+        from curate.select import check_named
+
+        check_named(steps)
     if config.measure.safety or config.measure.signals:
         from curate.measure import check
 
@@ -71,7 +84,20 @@ def _plan(config: BuildConfig) -> None:
     )
     _say("plan", result.made, f"{result.rows:,} rows: {result.candidates:,} candidates{changed}, {dropped:,} dropped")
     if not result.candidates:
-        raise UnwantedResult(f"{config.urls}: of {result.rows:,} rows none can be fetched: {_counts(result.dropped)}")
+        why = _counts(_dropped_by_plan(config.out))
+        raise UnwantedResult(f"{config.urls}: of {result.rows:,} rows none can be fetched: {why}")
+
+
+def _dropped_by_plan(out: Path) -> dict[str, int]:
+    """Rows that plan dropped, by reason; of a `where`, by the filter's name too."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(out / "plan" / "dropped.parquet", columns=["reason", "step"])
+    counts = table.group_by(["reason", "step"]).aggregate([([], "count_all")]).to_pylist()
+    return {
+        f"{count['reason']} '{count['step']}'" if count["reason"] == "where" else count["reason"]: count["count_all"]
+        for count in counts
+    }
 
 
 def _fetch(config: BuildConfig) -> None:
@@ -177,15 +203,17 @@ def holding(folder: Path) -> Iterator[None]:
 
     Raises:
         Busy: another process holds it.
+        ConfigError: it cannot be written to, or holds somebody else's files under the names of ours.
     """
     from filelock import FileLock, Timeout
 
+    _spare_others(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {folder}: cannot be made a folder ({error.strerror})") from error
     owner = folder / ".owner"
-    lock = FileLock(folder / ".lock", timeout=0)
+    lock = FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -199,6 +227,32 @@ def holding(folder: Path) -> Iterator[None]:
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
+
+
+def _spare_others(folder: Path) -> None:
+    """Leave a folder alone whose files would be overwritten or deleted, if nothing in it says that a run made them.
+
+    The lock stays when a run has ended, however it did; a dataset that was copied without it has Parquet files of ours.
+    """
+    if not folder.is_dir() or (folder / LOCK).exists():
+        return
+    there = [name for name in WRITTEN if (path := folder / name).exists() and not _is_empty(path)]
+    if there and not _has_parquet_of_ours(folder):
+        raise ConfigError(
+            f"--out {folder}: is no dataset of curate and has {', '.join(there)}, which would be overwritten or "
+            "deleted; name a new folder"
+        )
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and next(path.iterdir(), None) is None
+
+
+def _has_parquet_of_ours(folder: Path) -> bool:
+    from curate.files import made_from
+
+    tables = ("ledger.parquet", "plan/*.parquet", "raw/*.parquet", "signals/*/*.parquet", "shards/*.parquet")
+    return any(made_from(path) for table in tables for path in folder.glob(table))
 
 
 def _needs(path: Path, stage: str) -> None:

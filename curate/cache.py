@@ -37,7 +37,7 @@ def cache_bytes() -> int:
     try:
         size = float(given) * 1e9
         if size > 0:
-            return int(size)
+            return round(size)
     except (ValueError, OverflowError):
         pass
     raise ConfigError(f"CLIPTAILOR_CACHE_GB: expected gigabytes, above 0, got '{given}'")
@@ -219,22 +219,18 @@ class ReadAhead:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._wanted: list[Path] = []
         self._waiting: list[Path] = []
+        self._under_way: set[Path] = set()
         self._closed = False
         for _ in range(_AT_ONCE):
             threading.Thread(target=self._work, daemon=True).start()
 
     def want(self, tars: Sequence[Path]) -> None:
         """From now on these are needed, the first ones first: they are fetched, and stay longer than others."""
-        for tar in reversed(tars):
-            with suppress(FileNotFoundError):
-                os.utime(tar)
-        if list(tars) != self._wanted:
-            with self._changed:
-                self._wanted = list(tars)
-                self._waiting = [tar for tar in tars if not tar.exists()]
-                self._changed.notify_all()
+        missing = [tar for tar in reversed(tars) if not _read_now(tar)]
+        with self._changed:
+            self._waiting = [tar for tar in reversed(missing) if tar not in self._under_way]
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Fetch no more."""
@@ -249,5 +245,16 @@ class ReadAhead:
                 if self._closed:
                     return
                 tar = self._waiting.pop(0)
+                self._under_way.add(tar)
             with suppress(CliptailorError, OSError):
                 fetch(tar)
+            with self._changed:
+                self._under_way.discard(tar)
+
+
+def _read_now(tar: Path) -> bool:
+    """Whether a tar is here; it stays longer then."""
+    with suppress(FileNotFoundError):
+        os.utime(tar)
+        return True
+    return False

@@ -5,7 +5,6 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
@@ -18,7 +17,7 @@ from typing import Any
 
 from curate.ask.arguments import DiffOptions, EngineOptions, ExplainOptions, SqlOptions, VerifyOptions
 from curate.config import BuildConfig, ConceptsConfig
-from curate.errors import CliptailorError, ConfigError, UnwantedResult, UnwritableDisk
+from curate.errors import ConfigError, UnwantedResult, told
 from curate.options import add_config, as_config, located, new_parser, parse, preset, with_presets
 
 COMMANDS = {
@@ -70,8 +69,6 @@ OPTIONS: dict[str, type] = {
 }
 INTERRUPTED = "curate: interrupted; what is done is kept, the same command continues\n"
 GRACE_S = 5.0
-# The disk's or the system's limits, which no row and no bug is to blame for.
-FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE))
 CONFIGS = {name: OPTIONS.get(name, BuildConfig) for name in COMMANDS}
 DEFAULT_RECIPE = "default"
 CONCEPTS_SHOWN = 20
@@ -90,13 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if received or isinstance(error, KeyboardInterrupt):
                 sys.stderr.write(INTERRUPTED)
                 sys.exit(128 + (received or [signal.SIGINT])[0])
-            if isinstance(error, OSError) and error.errno in FULL:
-                where = f" ({error.filename})" if error.filename else ""
-                error = UnwritableDisk(f"{error.strerror}{where}; what is done is kept, the same command continues")
-            if not isinstance(error, CliptailorError):
+            if not (tellable := told(error)):
                 raise
-            print(f"curate: {located(str(error), words, CONFIGS)}", file=sys.stderr)
-            sys.exit(error.exit_status)
+            print(f"curate: {located(str(tellable), words, CONFIGS)}", file=sys.stderr)
+            sys.exit(tellable.exit_status)
 
 
 @contextmanager

@@ -8,6 +8,34 @@ from pathlib import Path
 from typing import Any
 
 from curate.errors import ConfigError, did_you_mean
+from curate.keys import flags_of
+
+IMG2DATASET_FLAGS = flags_of(
+    "img2dataset",
+    {
+        "url_list": "urls",
+        "input_format": "the list's own name says it",
+        "output_folder": "out",
+        "output_format": "shards are always tars beside Parquets, as webdataset's",
+        "url_col": "plan.columns.url",
+        "caption_col": "plan.columns.caption",
+        "save_additional_columns": "all columns of the list are kept",
+        "processes_count": "fetch.processes",
+        "thread_count": "fetch.connections",
+        "timeout": "fetch.total_timeout_s",
+        "number_sample_per_shard": "pack.shard_size",
+        "incremental_mode": "the same command does what is left, and nothing else",
+        "min_image_size": "a filter: {name: side, where: least(original_width, original_height) >= …}",
+        "max_aspect_ratio": "a filter: {name: aspect, where: aspect <= …}",
+        "compute_hash": "a sha256 is always there",
+        "extract_exif": "it is left out",
+        "enable_wandb": "progress is printed, and report.html says the rest",
+        "distributor": "executor",
+        "user_agent_token": "fetch.contact",
+        "disallowed_header_directives": "opt-outs are heeded but for fetch.ignore_opt_outs",
+        "max_shard_retry": "the same command does what is left",
+    },
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +65,7 @@ EXECUTORS = ("local", "ray")
 ENGINES = ("native", "img2dataset")
 RESIZE_MODES = ("no", "border", "keep_ratio", "keep_ratio_largest", "center_crop")
 ENCODE_FORMATS = ("jpg", "webp", "png")
+LEAST_SHARD_BYTES = 100_000
 # What a site can say against the use of its images, and the names under which each can be ignored.
 OPT_OUTS = ("robots.txt", "noai", "noimageai", "noml", "noindex", "noimageindex", "none", "tdm-reservation")
 
@@ -108,7 +137,7 @@ class FetchConfig:
     image_size: int = 512
     """Pixels of the side that resize_mode sets."""
     resize_only_if_bigger: bool = True
-    """Leave images alone that are small already."""
+    """Leave images alone that are small already. Without it, one that would grow beyond 25 megapixels is dropped."""
     skip_reencode: bool = True
     """Store the bytes as they came where the image needs no change."""
     encode_format: str = "jpg"
@@ -210,7 +239,8 @@ class PackConfig:
     shard_size: int = 5_000
     """Most samples a packed shard; all of a split are of near-equal size, so that none is a dwarf."""
     shard_bytes: int | None = None
-    """Most bytes a packed tar, such as 1000000000, in place of shard_size; only a single larger sample may pass it."""
+    """Most bytes a packed tar, such as 1000000000, in place of shard_size; at least 100000. Only a single larger sample
+    may pass it."""
     val: float = 0.05
     """Share of duplicate groups in the val split."""
     test: float = 0.05
@@ -221,8 +251,11 @@ class PackConfig:
 
     def __post_init__(self) -> None:
         _at_least("pack.shard_size", self.shard_size, 1)
-        if self.shard_bytes is not None:
-            _at_least("pack.shard_bytes", self.shard_bytes, 1)
+        if self.shard_bytes is not None and self.shard_bytes < LEAST_SHARD_BYTES:
+            raise ConfigError(
+                f"pack.shard_bytes: {self.shard_bytes} bytes hold hardly a sample; expected at least "
+                f"{LEAST_SHARD_BYTES}, such as 1000000000 for 1 GB"
+            )
         _at_least("pack.retain", self.retain, 0)
         if not (0 <= self.val < 1 and 0 <= self.test < 1 and self.val + self.test < 1):
             raise ConfigError(
@@ -243,6 +276,8 @@ class ReportConfig:
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
     """Everything `curate build` needs."""
+
+    not_here = IMG2DATASET_FLAGS
 
     urls: str | None = None
     """The list: a parquet, csv, tsv, txt, json or jsonl file (also .gz, .zst), a folder of such files, a glob, or any

@@ -18,6 +18,7 @@ Anything else that escapes is a bug and keeps its traceback (exit status 1); Ctr
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -71,6 +72,32 @@ class Busy(CliptailorError):
     """Another process is at work in the same folder."""
 
     exit_status = 75
+
+
+# The disk's or the system's limits, which no row and no bug is to blame for.
+_FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE))
+# The same in the words of SQLite, which keeps the system's number to itself.
+_FULL_TO_SQLITE = frozenset(
+    (
+        "database or disk is full",
+        "disk I/O error",
+        "unable to open database file",
+        "attempt to write a readonly database",
+    )
+)
+
+
+_CONTINUES = "what is done is kept, the same command continues"
+
+
+def told(error: BaseException) -> CliptailorError | None:
+    """What a user is told of what escaped: itself, or that the disk is full; None: it is a bug."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        where = f" ({error.filename})" if error.filename else ""
+        return UnwritableDisk(f"{error.strerror}{where}; {_CONTINUES}")
+    if type(error).__module__ == "sqlite3" and str(error) in _FULL_TO_SQLITE:  # by its name, so that none imports it
+        return UnwritableDisk(f"robots.sqlite: {error}; is the disk full? {_CONTINUES}")
+    return error if isinstance(error, CliptailorError) else None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

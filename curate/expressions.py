@@ -21,6 +21,7 @@ from curate.config import MeasureConfig
 from curate.database import first_line, literal, quoted, scalar
 from curate.errors import ConfigError, did_you_mean
 from curate.filters import Dedup, Relevance, Sample, Step, Top, Where
+from curate.shards import OFFSET_COLUMNS, PLACE
 from curate.signals import GROUPS, columns_of, how_to_get
 
 PLAN_COLUMNS = {
@@ -42,6 +43,17 @@ FETCH_COLUMNS = {
 SELECT_COLUMNS = {"caption_count": "BIGINT"}
 # The signals there can be without a user's own ones.
 SIGNAL_COLUMNS = columns_of(GROUPS)
+# Names that neither a column of the list nor a signal of the user's may take, in lower case.
+RESERVED = frozenset(
+    (
+        *PLACE,
+        *(*PLAN_COLUMNS, *FETCH_COLUMNS, *SIGNAL_COLUMNS, *SELECT_COLUMNS, *OFFSET_COLUMNS),
+        *("image_embedding", "text_embedding"),
+        *("kept", "split", "stage", "step", "twin", "duplicate_group"),
+        *("base_", "problem_", "nth_", "file_", "known_", "bucket_"),  # of plan's own tables
+        *("kept_", "tar_", "split_", "place_", "filename"),  # of select's, pack's and report's
+    )
+)
 
 _ALLOWED = frozenset(
     (
@@ -190,6 +202,8 @@ def readable(where: str) -> Iterator[None]:
     except (duckdb.OutOfMemoryException, duckdb.IOException):
         raise
     except duckdb.Error as error:
+        if "CSV Error" in str(error) or "CSV Parser" in str(error):
+            raise  # of the list that the expression is over
         hint = "; TRY_CAST gives NULL instead" if isinstance(error, duckdb.ConversionException) else ""
         raise ConfigError(f"{where}: {first_line(error)}{hint}") from error
 

@@ -18,6 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from curate.errors import ConfigError
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -52,6 +54,30 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(key: str, folder: Path) -> None:
+    """Check before the work that a folder can be written to, or made.
+
+    Args:
+        key: what names it to the user.
+        folder: that is, or will be.
+
+    Raises:
+        ConfigError: it cannot, as far as can be seen.
+    """
+    there = nearest(folder)
+    if not there.is_dir():
+        raise ConfigError(f"{key}: {there} is a file; expected a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}: {there} cannot be written to; give another folder, or the right to write there")
+
+
+def nearest(path: Path) -> Path:
+    """A path, or the nearest above it that is there."""
+    while not os.path.lexists(path):
+        path = path.parent
+    return path
+
+
 def sweep(folder: Path) -> None:
     """Remove temporary files that a killed run left in `folder`. Call it only while holding the folder's lock."""
     for leftover in folder.glob(".*.tmp"):
@@ -64,10 +90,16 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def utf8(text: str) -> str:
+    """A text as UTF-8 can hold it: half an emoji, or a byte of another encoding in a name, is escaped."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
 def fingerprint(*parts: Any) -> str:
     """16 hex digits of a sha256 over the parts as canonical JSON; equal parts, equal fingerprint, on any machine."""
     canonical = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    # A file's name need not be UTF-8.
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def write_parquet(table: pa.Table, path: Path, *, made_from: str) -> None:

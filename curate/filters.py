@@ -150,7 +150,7 @@ def parse_steps(filters: Sequence[dict[str, Any]]) -> list[Step]:
     Raises:
         ConfigError: names the step, the key, and what was expected.
     """
-    steps = [_parse_step(number, dict(entry)) for number, entry in enumerate(filters, start=1)]
+    steps = [_parse_step(number, dict(entry)) for number, entry in enumerate(filters)]
     names = [step.name for step in steps]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"filters: two steps are named '{twice[0]}'; the ledger tells them apart by name")

@@ -27,7 +27,7 @@ from curate.shards import IMAGE_EXTENSIONS, SPLITS, shard_folder, shards_of
 if TYPE_CHECKING:
     import pyarrow as pa
 
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
 # From so many samples on, what an index for training says of each is where it lies; the rest is read from its tar.
 MANY_SAMPLES = 4_000_000
 # A shuffled dataset may have more tars than a process may hold open (1,024 by default).
@@ -186,15 +186,18 @@ def _index_foreign_tar(stem: Path, wanted: Sequence[str]) -> pa.Table:
 def tar_images(tar: Path) -> Iterator[tuple[str, tuple[int, int]]]:
     """(key, (offset, size)) of each image member of any uncompressed tar, from its headers alone.
 
+    A key is the member's name up to the first dot of its last part, without the `./` that `tar -c .` writes.
+
     Raises:
         InputError: not an uncompressed tar.
     """
     try:
         with os.fdopen(open_tar(tar), "rb") as file, tarfile.open(tar, "r:", file) as members:
             for member in members:
-                key, _, extension = member.name.partition(".")
+                folder, slash, name = member.name.removeprefix("./").rpartition("/")
+                key, _, extension = name.partition(".")
                 if member.isreg() and extension.lower() in IMAGE_EXTENSIONS:
-                    yield key, (member.offset_data, member.size)
+                    yield f"{folder}{slash}{key}", (member.offset_data, member.size)
     except tarfile.ReadError as error:
         raise InputError(f"{tar}: not an uncompressed tar ({error}); gunzip it first if it is compressed") from error
 

@@ -88,7 +88,7 @@ def in_words(hint: Any) -> str:
     if origin is tuple:
         return f"a list of {len(inner)}: " + ", ".join(in_words(part) for part in inner)
     if origin is dict:
-        return "a mapping of names to " + in_words(inner[1])
+        return "a mapping" if inner[1] is Any else "a mapping of names to " + in_words(inner[1])
     if is_dataclass(hint):
         return "keys (" + ", ".join(field.name for field in fields(hint)) + ")"
     return WORDS.get(hint, str(hint))
@@ -143,6 +143,11 @@ def _classes(module: str) -> dict[str, ast.ClassDef]:
     """The classes of a module by name; inspect would parse all of it anew for each."""
     tree = ast.parse(inspect.getsource(sys.modules[module]))
     return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+
+def flags_of(program: str, instead: Mapping[str, str]) -> dict[str, str]:
+    """For `not_here`: the flags of another program that a user may come from, and what stands in the place of each."""
+    return {flag: f"{program}'s; here {words}" for flag, words in instead.items()}
 
 
 def no_such_key(key: str, config: type, siblings: Sequence[str] = ()) -> str:

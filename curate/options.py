@@ -134,8 +134,9 @@ def located(message: str, arguments: Sequence[str], configs: Mapping[str, type])
         configs: as for `parse`.
     """
     config = configs.get(arguments[0]) if arguments else None
-    # A key of a section in a list, data.sources[1].path, has a line of its own; an item of plain values its list's.
-    found = re.match(r"([^\s:\[]+(?:\[\d+\]\.[^\s:\[]+)*)(\[\d+\])?: ", message)
+    # A key of a section in a list, data.sources[1].path, has a line of its own, and filters[1] 'name' that of its first
+    # key; an item of plain values has its list's.
+    found = re.match(r"([^\s:\[]+(?:\[\d+\]\.[^\s:\[]+)*)(\[\d+\])?(?: '[^']*')?: ", message)
     flags = {word.partition("=")[0].replace("-", "_").lstrip("_") for word in arguments if word.startswith("--")}
     if not config or not found or found[1] in flags:
         return message
@@ -144,8 +145,9 @@ def located(message: str, arguments: Sequence[str], configs: Mapping[str, type])
             lines = check_file(path, config)
         except ConfigError:  # the message itself, most likely
             return message
-        if found[1] in lines:
-            return f"{path}:{lines[found[1]]}: {message}"
+        of_item = [line for key, line in lines.items() if found[2] and key.startswith(f"{found[1]}{found[2]}.")]
+        if of_item or found[1] in lines:
+            return f"{path}:{min(of_item or [lines[found[1]]])}: {message}"
     return message
 
 
@@ -335,6 +337,11 @@ def _one_line(message: str, config: type | None) -> str:
     value = re.search(r'Parser key "([^"]+)":.*(?:Got|Given) value: ([^\n]*)', message, re.DOTALL)
     if value and config:
         return f"{value[1]}: expected {in_words(hint_of(config, value[1]))}, got {shown(value[2])}"
+    if section := re.search(r'"([\w.]+)": Unable to load config', message):
+        known = [name for name, _ in documented(config)] if config else []
+        sections = {name.rpartition(".")[0] for name in known}
+        keys = [f"--{name}" for name in known if name.startswith(f"{section[1]}.") and name not in sections]
+        return f"{section[1]}: has keys of its own: {', '.join(keys[:3])}, …"
     if command := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
         return f"no command '{command[1]}'.{did_you_mean(command[1], re.findall(r'[a-z]+', command[2]))}"
     if missing := re.search(r"arguments are required: \w+\.(.*)", message):

@@ -187,6 +187,8 @@ def cut_evenly(sizes: np.ndarray, most: int) -> list[int]:
     Returns:
         The first item of each run, and N at the end; `[0]` of nothing.
     """
+    if len(sizes) and most <= sizes.min():  # each alone; even shares would be many times as many
+        return list(range(len(sizes) + 1))
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if len(ends) else 0
     middles = ends - sizes / 2
@@ -250,11 +252,11 @@ class _Ordered:
         tar = {path: number for number, path in enumerate(raw)}
         first = " ".join(f"WHEN {literal(split)} THEN {self._first(split)}" for split in SPLITS)
         queries = [
-            f"""SELECT *, CASE split_ {first} END + place_ AS order_
+            f"""SELECT * REPLACE (CASE split_ {first} END + place_ AS place_)
             FROM ({_facts(out, {path: tar[path] for path in part})}) WHERE image_offset IS NOT NULL"""
             for part in _few(raw)
         ]
-        dealt = self.buckets.deal(db, "samples", queries, f"CAST(order_ // {self.each} AS INTEGER)")
+        dealt = self.buckets.deal(db, "samples", queries, f"CAST(place_ // {self.each} AS INTEGER)")
         _check_none_lacks(out, sum(self.samples.values()) - dealt)
 
     def table(self, shard: Shard) -> pa.Table:
@@ -273,7 +275,7 @@ class _Ordered:
     def _sorted(self, number: int) -> pa.Table:
         table = self.buckets.read("samples", number)
         assert table is not None, f"bucket {number} of {self.buckets.num_buckets} is empty"
-        return table.sort_by("order_")
+        return table.sort_by("place_")
 
     def _first(self, split: str) -> int:
         """The place of a split's first sample in the order of all."""
@@ -322,7 +324,7 @@ def _facts(out: Path, tar: dict[Path, int]) -> str:
 
 def _write(stem: Path, table: pa.Table, reader: MemberReader, made: str) -> None:
     stem.with_suffix(".parquet").unlink(missing_ok=True)  # an old one must not stand beside the new tar
-    ours = (*OFFSET_COLUMNS, "tar_", "split_", "place_", "order_")
+    ours = (*OFFSET_COLUMNS, "tar_", "split_", "place_")
     facts = table.drop_columns(list(ours))
     with ShardWriter(stem, facts.schema, made_from=made) as writer:
         for row, place in zip(facts.to_pylist(), table.select(list(ours)).to_pylist(), strict=True):

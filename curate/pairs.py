@@ -164,10 +164,10 @@ def _lists(captions: pa.ChunkedArray) -> pa.ChunkedArray:
 def _of_list(path: Path, wanted: Wanted, scratch: Path) -> SampleIndex:
     """Any other form: `curate.sources` makes a list of it, which has the places, or it is a list with paths."""
     from curate.database import column_types, connect, quoted
-    from curate.lists import CAPTION_NAMES, readable_list, reader
+    from curate.lists import CAPTION_NAMES, is_nested, readable_list, reader
     from curate.sources import find
 
-    listed = find(str(path), scratch)
+    listed = find(str(path), scratch, caption=wanted.caption)
     with connect(MEMORY_LIMIT, 0, scratch / "spill", list(listed.paths)) as db, readable_list(listed):
         relation = reader(db, listed)
         types = column_types(db, relation)
@@ -182,6 +182,11 @@ def _of_list(path: Path, wanted: Wanted, scratch: Path) -> SampleIndex:
             nothing = "CAST(NULL AS BIGINT)"
             places = _Places(f"CAST({quoted(image)} AS VARCHAR)", nothing, nothing, "'row ' || row_")
         caption = _usual(f"{wanted.key}.caption", wanted.caption, CAPTION_NAMES, types, path)
+        if is_nested(types[caption].removesuffix("[]")):
+            raise InputError(
+                f"{path}: column '{caption}' holds {types[caption]}, neither text nor a list of texts; "
+                f"name another column: {wanted.key}.caption"
+            )
         table = _select(db, relation, places, caption, wanted)
     return _with_files(path, root, table)
 

@@ -32,6 +32,7 @@ from curate.errors import InputError
 from curate.expressions import (
     FETCH_COLUMNS,
     PLAN_COLUMNS,
+    RESERVED,
     SELECT_COLUMNS,
     SIGNAL_COLUMNS,
     check_steps,
@@ -43,13 +44,13 @@ from curate.files import digest, file_sha256, fingerprint, sweep, write_batches,
 from curate.filters import Step, Where
 from curate.lists import PACKED, ListColumns, ListFiles, choose_columns, readable_list, reader
 from curate.progress import progress
-from curate.shards import OFFSET_COLUMNS, shard_name
+from curate.shards import PLACE, shard_name
 from curate.sources import find
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT = 2
+FORMAT = 3
 DONE = "plan.json"
 BUCKETS = ".buckets"
 LISTS = ".list"
@@ -63,20 +64,6 @@ MOST_BUCKETS = 256
 WRITING_AT_ONCE = 32
 # A plan file is right or not by plan.json; its own fingerprint only says what it is.
 _MADE_FROM = fingerprint("plan", FORMAT)
-
-# Where an image lies that is here already: path below the source's folder, and place in that file if it is a tar.
-PLACE = frozenset(("source_file", "source_offset", "source_size"))
-# Names that a column of the list may not take.
-RESERVED = frozenset(
-    (
-        *PLACE,
-        *(*PLAN_COLUMNS, *FETCH_COLUMNS, *SIGNAL_COLUMNS, *SELECT_COLUMNS, *OFFSET_COLUMNS),
-        *("image_embedding", "text_embedding"),
-        *("kept", "split", "stage", "step", "twin", "duplicate_group"),
-        *("base_", "problem_", "nth_", "file_", "known_"),  # of this module's own tables
-        *("kept_", "tar_", "split_", "place_", "filename"),  # of select's, pack's and report's
-    )
-)
 
 # Most URLs and captions are as plain as this, which is seen in one pass without captures; the rest takes the long way.
 _PLAIN_URL = r"^https?://[a-z0-9.-]+/[!-~]*$"
@@ -129,15 +116,15 @@ def run(
         InputError: the list cannot be read, or has no rows.
         ConfigError: a column or an expression in the configuration is wrong.
     """
+    source = find(urls, out / LISTS, out, config.columns.caption)
     folder = out / "plan"
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
-    source = find(urls, out / LISTS)
     with connect(MEMORY_LIMIT, 0, out / SPILL, [*source.paths, folder]) as db:
         table = reader(db, source)
         with readable_list(source):
             types = column_types(db, table)
-        columns = choose_columns(types, source, config, RESERVED - PLACE if source.root else RESERVED)
+        columns = choose_columns(types, source, config, RESERVED.difference(PLACE) if source.root else RESERVED)
         pushed = _pushed(db, steps, {**PLAN_COLUMNS, **columns.types}, signals)
         inputs = fingerprint("plan", FORMAT, *_inputs(source, config, pushed))
         before = _read_done(folder)

@@ -13,6 +13,7 @@ This module needs no torch, network or database.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tarfile
 from collections.abc import Mapping
@@ -37,6 +38,8 @@ OFFSET_COLUMNS = (
     "json_offset",
     "json_size",
 )
+# Where an image lies that is here already: path below the source's folder, and place in that file if it is a tar.
+PLACE = ("source_file", "source_offset", "source_size")
 # Images are written to a tar so many bytes at a time: a call into the system for each costs more than the copy.
 WRITE_BYTES = 1 << 20
 
@@ -46,7 +49,23 @@ def shard_name(index: int, split: str | None = None) -> str:
     return f"{split}-{index:05d}" if split else f"{index:05d}"
 
 
-_AS_JSON = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True).encode
+_AS_JSON = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True, allow_nan=False).encode
+
+
+def _as_json(facts: dict[str, Any]) -> str:
+    """Facts as JSON, which has no NaN and no infinity: they are null there, and what they are in the Parquet."""
+    try:
+        return _AS_JSON(facts)
+    except ValueError:
+        return _AS_JSON(_finite(facts))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list) else value
 
 
 class ShardWriter:
@@ -89,7 +108,7 @@ class ShardWriter:
             members = (
                 ("image", image_ext, image),
                 ("caption", "txt", (row["caption"] or "").encode("utf-8", "surrogatepass")),
-                ("json", "json", _AS_JSON(facts).encode("utf-8", "surrogatepass")),
+                ("json", "json", _as_json(facts).encode("utf-8", "surrogatepass")),
             )
             places["image_ext"] = image_ext
             blocks: list[bytes] = []

@@ -66,9 +66,9 @@ def own_signals(config: MeasureConfig) -> list[OwnSignal]:
         if signal.name in GROUPS or signal.name in [other.name for other in found[: number - 1]]:
             raise ConfigError(f"{where}: the name is taken; choose another")
         for column in signal.columns:
-            if column in taken:
-                raise ConfigError(f"{where}: column '{column}' is one of {taken[column]}'s; choose another name")
-            taken[column] = signal.name
+            if group := taken.get(column.lower()):
+                raise ConfigError(f"{where}: column '{column}' is one of {group}'s; choose another name")
+            taken[column.lower()] = signal.name
     return found
 
 

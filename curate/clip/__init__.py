@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -98,16 +99,23 @@ class Clip:
         """
         import torch
 
+        if not len(images):
+            return torch.empty(0, self.embed_captions([]).shape[-1], device=self.device)
         if not isinstance(images, torch.Tensor):
             images = torch.stack([self.preprocess(image.convert("RGB")) for image in images])
         with torch.inference_mode():
             features = self.model.encode_image(images.to(self.device))  # type: ignore[operator]
         return torch.nn.functional.normalize(features.float(), dim=-1)
 
-    def embed_captions(self, captions: Sequence[str] | torch.Tensor) -> torch.Tensor:
-        """Embeddings of captions, or of token ids (B, L): float32 (B, D), L2-normalised, no gradient."""
+    def embed_captions(self, captions: str | Sequence[str] | torch.Tensor) -> torch.Tensor:
+        """Embeddings of captions (one alone is a batch of it), or of token ids (B, L).
+
+        Returns:
+            float32 (B, D), L2-normalised, without gradient.
+        """
         import torch
 
+        captions = [captions] if isinstance(captions, str) else captions
         tokens = captions if isinstance(captions, torch.Tensor) else self.tokenizer(list(captions))
         with torch.inference_mode():
             features = self.model.encode_text(tokens.to(self.device))  # type: ignore[operator]
@@ -145,6 +153,7 @@ def load_clip(name: str, pretrained: str | None = None, *, device: str = "auto")
     Raises:
         ModelError: unknown name or tag, weights that cannot be had or do not fit.
     """
+    import torch
     from safetensors import SafetensorError
 
     try:
@@ -161,6 +170,8 @@ def load_clip(name: str, pretrained: str | None = None, *, device: str = "auto")
         SafetensorError,
     ) as error:
         raise ModelError(f"clip {name}, pretrained {pretrained}: cannot be loaded: {first_line(error)}") from error
+    if bad := next((key for key, weight in clip.model.named_parameters() if not torch.isfinite(weight).all()), None):
+        raise ModelError(f"clip {name}, pretrained {pretrained}: {bad} has values that are no numbers, or infinite")
     clip.model.eval().to(choose_device(device))
     return clip
 
@@ -183,7 +194,12 @@ def _read(name: str, pretrained: str | None) -> Clip:
     if _is_weights_file(name):
         state = _openai_state(name)
         if state is None:
-            logger.warning("clip %s: does not say its activation; taken for OpenAI's: QuickGELU", name)
+            logger.warning(
+                "clip %s: does not say its activation; taken for OpenAI's: QuickGELU. Was it trained with GELU? Then "
+                "say its architecture, too: ViT-B-32/%s",
+                name,
+                name,
+            )
             state = _plain_state(name)
         return _assembled(name, Source(openai.architecture(state), {}, state))
     if name.endswith(".json"):
@@ -361,7 +377,8 @@ def _warn_of_activation(architecture: str, weights: str | None) -> None:
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; of weights that do not fit, which one is the first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch writes some words in bold
+    lines = [line.strip() for line in plain.splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 

@@ -249,7 +249,7 @@ class Engine:
 
     async def _hop(self, errand: Errand) -> None:
         """One request of an errand, its host's turn held; then what its answer means."""
-        host, shard, holds_turn = errand.host, self.shards[errand.shard], True
+        host, shard, holds_turn, began = errand.host, self.shards[errand.shard], True, time.monotonic()
 
         async def use(body: Body) -> Picture:
             nonlocal holds_turn
@@ -265,7 +265,7 @@ class Engine:
             if isinstance(outcome, URL):
                 errand.left_s -= time.monotonic() - started
         except TransferError as error:
-            self._failed(errand, error)
+            self._failed(errand, error, began)
         else:
             self._answered(errand)
             if isinstance(outcome, URL):
@@ -306,10 +306,10 @@ class Engine:
         self.hosts.went_well(errand.host)
         self.watch.answered(_address(errand.target))
 
-    def _failed(self, errand: Errand, error: TransferError) -> None:
+    def _failed(self, errand: Errand, error: TransferError, began: float) -> None:
         if error.is_network:
-            self.watch.failed((errand, error), _address(errand.target), f"{error.reason.value} {error.value}")
             self.frontier.tried(errand)
+            self.watch.failed((errand, error), _address(errand.target), f"{error.reason.value} {error.value}", began)
             return
         if error.http_status is not None:
             self.watch.answered(_address(errand.target))

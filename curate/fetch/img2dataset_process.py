@@ -39,7 +39,7 @@ from curate.fetch.guard import Guard
 from curate.fetch.img2dataset_errors import as_transfer_error
 from curate.fetch.manners import DIRECTIVES, opt_out
 from curate.fetch.transfer import allow_open_files, parse_target, tls_context
-from curate.images import check_size, probe
+from curate.images import Resize, check_size, probe
 from curate.ledger import Reason
 
 Tell = Callable[..., None]
@@ -190,9 +190,11 @@ class Opener:
         return bytes(content)
 
     def _check_header(self, content: bytes) -> str:
-        """The format; nothing with too many pixels or too few reaches a decoder."""
+        """The format; nothing with too many pixels or too few, as it is or resized, reaches a decoder."""
         header = probe(content)
         check_size(header, self.config.max_pixels, self.config.min_side)
+        resize = Resize(self.config.resize_mode, self.config.image_size, self.config.resize_only_if_bigger)
+        resize.scaled(header.width, header.height)
         return header.format
 
 

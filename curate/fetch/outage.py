@@ -4,7 +4,8 @@ A failure of the network's kind (no address, no connection) is not believed at o
 answers, which shows that the network is there and the failure the server's own. Where many failures of many hosts come
 without an answer between them, or nothing else is left to do, a probe decides: it looks up and connects anew to hosts
 that answered before. If one can be reached, the failures stand. If none can, the run pauses and probes on; when a probe
-gets through, what had failed is asked again as if it had not been tried; after `outage_s` seconds the run ends.
+gets through, what had failed is asked again as if it had not been tried, and so is what began in the outage and fails
+after it; after `outage_s` seconds the run ends.
 
 Before anything has answered there is nobody to probe but those that failed and those whose turn has not come, some of
 them each time: a few hosts that are all dead are taken for dead, many at once for an outage.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
@@ -58,6 +60,7 @@ class Watch(Generic[E]):
         self._running = asyncio.Event()
         self._running.set()
         self._since: float | None = None
+        self._back = -math.inf  # when the last outage ended
         self._answers, self._probes = 0, 0
 
     @property
@@ -85,8 +88,18 @@ class Watch(Generic[E]):
         if self._held:
             self._release(self._stand)
 
-    def failed(self, errand: E, address: Address, why: str) -> None:
-        """Nothing was reached; hold the errand until it is clear whose fault that is."""
+    def failed(self, errand: E, address: Address, why: str, began: float = math.inf) -> None:
+        """Nothing was reached; hold the errand until it is clear whose fault that is.
+
+        Args:
+            errand: what failed.
+            address: that could not be reached.
+            why: in a word or two.
+            began: when it was tried, in seconds of `time.monotonic`, if that is known.
+        """
+        if began < self._back:
+            self._again([errand])
+            return
         self._held.append(errand)
         self._failed[address] = why
         self._failed.move_to_end(address)
@@ -111,6 +124,7 @@ class Watch(Generic[E]):
                 self._release(self._stand)
             else:
                 await self._wait_for_network()
+                self._back = time.monotonic()
                 self._release(self._again)
         finally:
             self._since = None

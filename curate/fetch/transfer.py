@@ -8,6 +8,7 @@ and the budget.
 from __future__ import annotations
 
 import asyncio
+import re
 import resource
 import socket
 import ssl
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from typing import Any, TypeVar
+from urllib.parse import quote, urljoin
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
@@ -43,6 +45,11 @@ KEEP_ALIVE_S = 5.0
 ACCEPT = "image/jpeg, image/png, image/webp, image/gif, image/*;q=0.5, */*;q=0.1"
 # Wanted here because redirects to signed storage are long; aiohttp's own limit is 8190.
 MAX_HEADER_BYTES = 16_384
+# RFC 3986: what may stand in a path and in a query as it is, beside letters, digits and escapes.
+_IN_PATH = "-._~!$&'()*+,;=:@/"
+_IN_QUERY = f"{_IN_PATH}?"
+_NO_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
+_ESCAPE_OF_A_LETTER = re.compile("%(?:2[DEde]|3[0-9]|[46][1-9A-Fa-f]|5[0-9AFaf]|7[0-9AEae])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,18 +329,41 @@ async def reach(address: tuple[str, int], guard: Guard, timeout_s: float) -> Non
 def parse_target(text: str) -> URL:
     """A URL that may be asked for: http or https, with a host; user name, password and fragment are taken off.
 
+    What is escaped stays escaped: `%2F` in a query is not `/` to who signed it.
+
     Raises:
         TransferError: it is none.
     """
     try:
-        url = URL(text.strip())
+        url, written = URL(text.strip()), URL(text.strip(), encoded=True)
+        path, query = _escaped(written.raw_path, _IN_PATH), _escaped(written.raw_query_string, _IN_QUERY)
     except ValueError as error:
         raise TransferError(Reason.BAD_URL, "not a URL") from error  # its own words may quote a password
     if url.scheme not in ("http", "https") and url.scheme:
         raise TransferError(Reason.BLOCKED_SCHEME, url.scheme)
     if not url.scheme or not url.raw_host:
         raise TransferError(Reason.BAD_URL, "no scheme" if not url.scheme else "no host")
-    return url.with_user(None).with_fragment(None)
+    return URL(f"{url.origin()}{_without_dots(path)}{'?' if query else ''}{query}", encoded=True)
+
+
+def _escaped(part: str, legal: str) -> str:
+    """A part of a URL in which what may not stand there is escaped, and no letter, digit or one of `-._~` is.
+
+    Bytes of a header that are not UTF-8 are sent back as they came.
+    """
+    escaped = quote(_NO_ESCAPE.sub("%25", part), safe=f"{legal}%", errors="surrogateescape")
+    return _ESCAPE_OF_A_LETTER.sub(lambda found: chr(int(found[0][1:], 16)), escaped)
+
+
+def _without_dots(path: str) -> str:
+    """The path that one with `.` and `..` in it means."""
+    kept: list[str] = []
+    for segment in path.split("/"):
+        if segment not in (".", ".."):
+            kept.append(segment)
+        elif segment == ".." and len(kept) > 1:
+            kept.pop()
+    return "/".join([*kept, ""] if path.endswith(("/.", "/..")) else kept)
 
 
 def redirect_target(response: aiohttp.ClientResponse) -> URL:
@@ -346,6 +376,6 @@ def redirect_target(response: aiohttp.ClientResponse) -> URL:
     if not location:
         raise TransferError(Reason.BAD_RESPONSE, "redirect without Location", http_status=response.status)
     try:
-        return parse_target(str(response.url.join(URL(location))))
+        return parse_target(urljoin(str(response.url), location))
     except ValueError as error:
         raise TransferError(Reason.BAD_RESPONSE, "redirect to no URL", http_status=response.status) from error

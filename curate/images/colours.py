@@ -110,9 +110,12 @@ def _grey_16(strip: Image.Image) -> RGB:
 
 
 def _on_white(strip: Image.Image, convert: Any) -> tuple[RGB, bool]:
-    rgba = strip.convert("RGBA")
-    alpha = np.asarray(rgba.getchannel("A"))
-    colours = convert(rgba.convert("RGB"))
+    if strip.mode in _GREY_16:  # Pillow has no way from it to RGBA
+        alpha = np.where(np.asarray(strip) == strip.info["transparency"], 0, 255).astype(np.uint8)
+        colours = convert(strip)
+    else:
+        rgba = strip.convert("RGBA")
+        alpha, colours = np.asarray(rgba.getchannel("A")), convert(rgba.convert("RGB"))
     return (colours, True) if alpha.min() == 255 else (_mixed(colours, alpha), False)
 
 

@@ -9,12 +9,16 @@ import cv2
 import numpy as np
 
 from curate.images.colours import RGB
+from curate.images.header import MOST_MEMORY, Rejected
+from curate.ledger import Reason
 
 # How many pixels may lie in one of the small image, a side, that a point on the line between two stands for their mean;
 # that one across and two down do; the same where pixels are means already, as a JPEG's own scaling leaves them.
 _ONE, _ONE_ACROSS, _ONE_ACROSS_MEANS = 1.25, 1.5, 2.0
 # From so many on, two points would skip pixels.
 _FAR = 4.0
+# Bytes a pixel of what is scaled up: the pixels, and the encoder's copy of them.
+_BYTES_A_PIXEL = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,20 @@ class Resize:
     mode: str = "no"
     size: int = 0
     only_if_bigger: bool = True
+
+    def scaled(self, width: int, height: int) -> tuple[int, int] | None:
+        """Width and height that the whole image is scaled to; None if it is left as it is.
+
+        Raises:
+            Rejected: TOO_MANY_PIXELS, of a thin image that would be scaled up to more than memory has room for.
+        """
+        factor = self.factor(width, height)
+        if factor is None:
+            return None
+        wide, high = max(1, round(width * factor)), max(1, round(height * factor))
+        if factor > 1 and wide * high * _BYTES_A_PIXEL > MOST_MEMORY:
+            raise Rejected(Reason.TOO_MANY_PIXELS, f"{width}x{height}, resized {wide}x{high}")
+        return wide, high
 
     def factor(self, width: int, height: int) -> float | None:
         """By what the sides are multiplied; None if the image is left as it is."""
@@ -84,12 +102,14 @@ def resized(rgb: RGB, resize: Resize, width: int, height: int) -> RGB:
         resize: how.
         width: of the whole image.
         height: of the whole image.
+
+    Raises:
+        Rejected: as `Resize.scaled`.
     """
-    factor = resize.factor(width, height)
-    if factor is None:
+    size = resize.scaled(width, height)
+    if size is None:
         return rgb
-    size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    if factor < 1:
+    if max(size) < max(width, height):
         # What libjpeg scaled down by 2, 4 or 8 ends in a column and a row that the image fills in part only.
         step = max(1, round(width / rgb.shape[1]))
         scaled = by_area(rgb, size, (width / step, height / step), is_scaled=step > 1)

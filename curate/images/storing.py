@@ -15,9 +15,11 @@ import simplejpeg
 
 from curate.images.colours import RGB
 from curate.images.decoding import Decoded
+from curate.images.header import Rejected
 from curate.images.resizing import Resize, resized
+from curate.ledger import Reason
 
-LONGEST_SIDE = {"jpg": 65_500, "webp": 16_383}  # of the libraries
+LONGEST_SIDE = {"jpg": 65_500, "webp": 16_383, "png": 1_000_000}  # of the libraries
 _EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 
 
@@ -53,6 +55,10 @@ def store(decoded: Decoded, content: bytes, resize: Resize, encoding: Encoding) 
         content: the bytes as they came.
         resize: to which size.
         encoding: as what.
+
+    Raises:
+        Rejected: TOO_MANY_PIXELS, of what grows too large by resizing, or is longer than PNG takes; UNSUPPORTED_IMAGE,
+            of what the encoder refuses for another reason.
     """
     if resize.factor(decoded.width, decoded.height) is None:
         if encoding.only_if_changed and decoded.plain:
@@ -60,15 +66,19 @@ def store(decoded: Decoded, content: bytes, resize: Resize, encoding: Encoding) 
         if encoding.only_if_changed and decoded.lossless:
             return Stored(_encode(decoded.rgb, "png", 6), "png", decoded.rgb)
     rgb = resized(decoded.rgb, resize, decoded.width, decoded.height)
-    fits = max(rgb.shape) <= LONGEST_SIDE.get(encoding.format, max(rgb.shape))
+    fits = max(rgb.shape) <= LONGEST_SIDE[encoding.format]
     kind, quality = (encoding.format, encoding.quality) if fits else ("png", 6)
     return Stored(_encode(rgb, kind, quality), kind, rgb)
 
 
 def _encode(rgb: RGB, kind: str, quality: int) -> bytes:
+    height, width = rgb.shape[:2]
+    if max(width, height) > LONGEST_SIDE[kind]:
+        raise Rejected(Reason.TOO_MANY_PIXELS, f"{width}x{height}, which {kind} cannot hold")
     if kind == "jpg":
         return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), quality, "RGB", "420"))
     setting = cv2.IMWRITE_WEBP_QUALITY if kind == "webp" else cv2.IMWRITE_PNG_COMPRESSION
     done, encoded = cv2.imencode(f".{kind}", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), [setting, quality])
-    assert done, f"cv2 cannot encode {kind} of {rgb.shape}"
+    if not done:
+        raise Rejected(Reason.UNSUPPORTED_IMAGE, f"{width}x{height}, which cannot be stored as {kind}")
     return bytes(encoded.tobytes())

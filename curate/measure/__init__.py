@@ -110,6 +110,7 @@ def check(config: MeasureConfig) -> None:
     Raises:
         ConfigError: that.
     """
+    _check_columns(config)
     for signal in own_signals(config):
         from curate.measure.own import load
 
@@ -118,6 +119,20 @@ def check(config: MeasureConfig) -> None:
         from curate.measure.safety import check_installed
 
         check_installed()
+
+
+def _check_columns(config: MeasureConfig) -> None:
+    """Check that no own signal's column has a name that is one of ours in some stage's tables.
+
+    Raises:
+        ConfigError: one has; it says which.
+    """
+    from curate.expressions import RESERVED
+
+    for number, signal in enumerate(own_signals(config), start=1):
+        if taken := next((column for column in signal.columns if column.lower() in RESERVED), None):
+            where = f"measure.signals[{number}] '{signal.name}'"
+            raise ConfigError(f"{where}: column '{taken}' is one of our own; choose another name")
 
 
 def _groups(config: MeasureConfig) -> Iterator[Group]:
@@ -167,9 +182,9 @@ def _fingerprint(group: Group, stem: Path) -> str:
 def _check_names(raw: Path, config: MeasureConfig) -> None:
     import pyarrow.parquet as pq
 
-    there = set(pq.read_schema(raw.with_suffix(".parquet")).names)
+    there = {name.lower() for name in pq.read_schema(raw.with_suffix(".parquet")).names}
     for signal in own_signals(config):
-        if clash := sorted(there & set(signal.columns)):
+        if clash := sorted(column for column in signal.columns if column.lower() in there):
             raise ConfigError(f"measure.signals '{signal.name}': there is a column '{clash[0]}' already; rename it")
 
 

@@ -29,7 +29,7 @@ DEFINITIONS: dict[Reason, str] = {
     Reason.EMPTY_BODY: "The server answered with nothing.",
     Reason.NOT_AN_IMAGE: "The body is not an image, whatever its type says.",
     Reason.UNSUPPORTED_IMAGE: "An image of a kind that is not decoded here.",
-    Reason.TOO_MANY_PIXELS: "The image's header announces more pixels than fetch.max_pixels; it was never decoded.",
+    Reason.TOO_MANY_PIXELS: "More pixels than fetch.max_pixels in the image's header, or than memory has room for.",
     Reason.TOO_SMALL: "The shorter side is below fetch.min_side: a tracking pixel.",
     Reason.TRUNCATED_IMAGE: "The image ends before its last line.",
     Reason.CORRUPT_IMAGE: "The image starts like one but cannot be decoded.",

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from curate.database import literal
 from curate.report.tables import Tables
-from curate.report.thresholds import NUMBER
+from curate.report.thresholds import NUMBER, met
 from curate.report.thumbnails import QUALITY, SIDE, data_url, thumbnail
 
 PAIRS = ("dedup", "decontaminate")
@@ -91,12 +90,14 @@ def choose(
             reason = next(r["reason"] for r in figures["reasons"] if [r["stage"], r["step"]] == place)
             order = _nearest_first(reason, constants.get(step["step"], []))
             rows = _rows(tables, "NOT kept AND stage = ? AND step = ?", place, order, each)
-            passed = _passed(tables, cuts.get(step["step"], []), each)
+            passed = _passed(tables, filters, cuts.get(step["step"], []), each)
             galleries.append(Gallery(step["stage"], step["step"], step["dropped"], reason, rows, passed))
     return galleries
 
 
-def _passed(tables: Tables, cuts: Sequence[Mapping[str, Any]], each: int) -> list[Sample]:
+def _passed(
+    tables: Tables, filters: Sequence[Mapping[str, Any]], cuts: Sequence[Mapping[str, Any]], each: int
+) -> list[Sample]:
     """Kept rows whose numbers are nearest one of a step's thresholds, which they passed, and that number as value."""
     if not cuts:
         return []
@@ -104,9 +105,9 @@ def _passed(tables: Tables, cuts: Sequence[Mapping[str, Any]], each: int) -> lis
     listed = ", ".join(f"{cut['value']!r}::DOUBLE" for cut in cuts)
     away = "lambda x, place: abs(x - cuts[place]) / greatest(abs(cuts[place]), 1e-9)"
     query = f"""
-        SELECT key, numbers, {unsafe(tables)}
-        FROM (SELECT *, [{numbers}] AS numbers, [{listed}] AS cuts FROM rows
-            WHERE kept AND step IS DISTINCT FROM {literal(str(cuts[0]["step"]))})
+        SELECT key, numbers, blurred
+        FROM (SELECT key, dice, {unsafe(tables)} AS blurred, [{numbers}] AS numbers, [{listed}] AS cuts FROM rows
+            WHERE {met(filters, str(cuts[0]["step"]))})
         WHERE list_min(list_transform(numbers, {away})) IS NOT NULL
         ORDER BY list_min(list_transform(numbers, {away})), dice, key LIMIT {each}
     """

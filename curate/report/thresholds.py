@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import duckdb
@@ -42,6 +42,7 @@ class Threshold:
         value: what it is compared with.
         rest: SQL of what else the step asks of a row; `true` if nothing.
         ranked: whether the value is the place where a `top` or `relevance` step cut, and not one that was given.
+        met: SQL of the rows that passed the step and were kept.
     """
 
     step: str
@@ -50,6 +51,7 @@ class Threshold:
     value: float
     rest: str = "true"
     ranked: bool = False
+    met: str = "kept"
 
 
 def named_columns(filters: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -69,7 +71,21 @@ def find_thresholds(tables: Tables, filters: Sequence[Mapping[str, Any]]) -> lis
             found += _of_ranking(tables, name, normal(tables.db, str(step["top"].get("by"))))
         elif "relevance" in step:
             found += _of_ranking(tables, name, score_of(name))
-    return [threshold for threshold in found if _runs(tables.db, threshold)]
+    return [replace(each, met=met(filters, each.step)) for each in found if _runs(tables.db, each)]
+
+
+def met(filters: Sequence[Mapping[str, Any]], name: str) -> str:
+    """SQL of the rows that passed a step and were kept.
+
+    A row in retain passed neither the relevance step that moved it there nor a later `top` or `relevance`, which chose
+    without it.
+    """
+    names = [str(step.get("name")) for step in filters]
+    place = names.index(name)
+    moved = [names[number] for number in range(place + 1) if "relevance" in filters[number]]
+    if not moved or not {"top", "relevance"} & filters[place].keys():
+        return "kept"
+    return f"(kept AND coalesce(step NOT IN ({', '.join(map(literal, moved))}), true))"
 
 
 def score_of(step: str) -> str:
@@ -182,9 +198,8 @@ def what_if(tables: Tables, threshold: Threshold, figure: str) -> dict[str, Any]
     """
     x = as_double(tables, threshold.expression)
     name, rest = literal(threshold.step), f"coalesce(CAST(({threshold.rest}) AS BOOLEAN), false)"
-    # What a relevance step moved to retain is kept, but did not pass that step.
-    judged = f"""SELECT kept AND step IS DISTINCT FROM {name} AS kept, dice, {x} AS x FROM rows
-        WHERE (kept AND step IS DISTINCT FROM {name}) OR (step = {name} AND {rest})"""
+    judged = f"""SELECT {threshold.met} AS kept, dice, {x} AS x FROM rows
+        WHERE {threshold.met} OR (step = {name} AND {rest})"""
     quantiles = f"quantile_cont(x, [0.002, 0.998]) FILTER ({tables.some})"
     ends, whole = tables.db.execute(
         f"SELECT coalesce({quantiles}, [min(x), max(x)]), bool_and(x = floor(x)) FROM ({judged}) WHERE isfinite(x)"

@@ -97,7 +97,7 @@ def thumbnail(content: bytes, side: int = SIDE, quality: int = QUALITY) -> bytes
             pixels = image.convert("RGBA") if image.mode in ("P", "PA") else image  # a palette cannot be averaged
             pixels.thumbnail((side, side), reducing_gap=2)
             pixels = pixels.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (OSError, ValueError, SyntaxError, RuntimeError, EOFError, Image.DecompressionBombError):
         return None
     flat = Image.new("RGB", pixels.size, "white")
     flat.paste(pixels, mask=pixels.getchannel("A"))

@@ -45,7 +45,7 @@ from curate.ledger import ledger_schema
 from curate.progress import progress
 from curate.select import balance, decontaminate, dedup, known, relevance
 from curate.select.groups import find_groups, place
-from curate.select.pictures import find, identity
+from curate.select.pictures import check, find, identity
 from curate.select.ranked import apply_sample, apply_top
 from curate.select.retain import find_retainable
 from curate.select.selection import Identity, Selection
@@ -155,13 +155,27 @@ def _identity(steps: Sequence[Step]) -> list[object]:
     return parts
 
 
+def check_named(steps: Sequence[Step]) -> None:
+    """Look for the images and concepts that the steps name, without any dataset.
+
+    Raises:
+        ConfigError, InputError: a step names what is not there, or not what it should be.
+    """
+    _identity(steps)
+    for path in _named_paths(steps):
+        check(path)
+
+
 def _named_images(steps: Sequence[Step]) -> dict[str, Identity]:
     """By path, what a change of the user's images there changes."""
-    found: dict[str, Identity] = {}
+    return {str(path): identity(path) for path in _named_paths(steps)}
+
+
+def _named_paths(steps: Sequence[Step]) -> list[Path]:
+    found = []
     for step in steps:
         named = step.against if isinstance(step, Decontaminate) else [getattr(step, "images", None)]
-        paths = [find(label(step), text) for text in named if text]
-        found |= {str(path): identity(path) for path in paths}
+        found += [find(label(step), text) for text in named if text]
     return found
 
 

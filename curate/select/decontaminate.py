@@ -68,8 +68,9 @@ def _drop_equal(selection: Selection, step: Decontaminate, block: pa.Table) -> N
     # A block's later rows find none that an earlier block dropped: so of equals the first one's name stands.
     selection.insert(
         block.append_column("place_", [np.arange(block.num_rows)]),
-        f"""SELECT row, 'select', {literal(step.name)}, 'decontaminate', 'sha256', name_
-        FROM alive JOIN (SELECT sha256, arg_min(name, place_) AS name_ FROM found GROUP BY sha256) USING (sha256)""",
+        f"""SELECT row, 'select', {literal(step.name)}, 'decontaminate', 'sha256', test.name
+        FROM alive JOIN (SELECT sha256, arg_min(name, place_) AS name FROM found GROUP BY sha256) AS test
+            USING (sha256)""",
     )
 
 
@@ -139,13 +140,16 @@ class Best:
 def _drop_similar(selection: Selection, step: Decontaminate, test: list[Path]) -> None:
     import pyarrow as pa
 
+    from curate.select.semantic import UNSURE
+
+    least = (step.similarity or 1.0) - UNSURE
     for rows, image_ND in selection.alive_embeddings():
         if not len(rows):
             continue
         best = most_similar(image_ND, test, step)
         found = pa.table({"row": rows, "cosine": best.cosine, "name": pa.array(best.name, pa.string())})
         selection.insert(
-            found.filter(pa.array(best.cosine >= step.similarity)),
+            found.filter(pa.array(best.cosine >= least)),
             f"""SELECT row, 'select', {literal(step.name)}, 'decontaminate', printf('cosine=%.4f', cosine), name
             FROM found""",
         )
@@ -171,8 +175,10 @@ def _take_better(best: Best, start: int, cosine_NT: np.ndarray, names: pa.Chunke
     """Update the best from place `start` on with the cosines to further test images."""
     import numpy as np
 
+    from curate.select.semantic import UNSURE
+
     # A little less first: rounding all of them takes longer than the product.
-    near = np.flatnonzero(cosine_NT.max(axis=1) >= least - 1e-6)
+    near = np.flatnonzero(cosine_NT.max(axis=1) >= least - 2 * UNSURE)
     rounded = np.round(cosine_NT[near].astype(np.float64), 6)
     for n, t, cosine in zip((start + near).tolist(), rounded.argmax(axis=1), rounded.max(axis=1), strict=True):
         if cosine > best.cosine[n]:

@@ -103,7 +103,7 @@ def _drop(selection: Selection, step: Dedup, dropped: Ints, kept: Ints, values: 
     import pyarrow as pa
 
     selection.insert(
-        pa.table({"row": dropped, "kept_row_": kept, "value_": pa.array(values, pa.string())}),
-        f"""SELECT found.row, 'select', {literal(step.name)}, 'dedup', value_, rows.key
-        FROM found JOIN rows ON rows.row = found.kept_row_""",
+        pa.table({"row": dropped, "kept_row": kept, "value": pa.array(values, pa.string())}),
+        f"""SELECT found.row, 'select', {literal(step.name)}, 'dedup', found.value, rows.key
+        FROM found JOIN rows ON rows.row = found.kept_row""",
     )

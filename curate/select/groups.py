@@ -16,7 +16,7 @@ _LINKS = (
     "SELECT d.row AS a, m.row AS b FROM planned_drops d JOIN members m ON m.key = d.twin",
     *(
         # Of many millions, few stand twice: their hashes tell which could, and only these texts are compared.
-        f"""WITH twice AS (SELECT hash({text}) AS h FROM {rows} WHERE {text} <> '' GROUP BY h HAVING count(*) > 1),
+        f"""WITH twice AS (SELECT hash({text}) FROM {rows} WHERE {text} <> '' GROUP BY ALL HAVING count(*) > 1),
         likely AS (SELECT row, {text} FROM {rows} WHERE {text} <> '' AND hash({text}) IN (FROM twice))
         SELECT row AS a, min(row) OVER (PARTITION BY {text}) AS b FROM likely"""
         for text, rows in (("url", "members"), ("sha256", "rows"))

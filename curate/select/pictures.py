@@ -45,11 +45,19 @@ def pictures(path: Path) -> Iterator[tuple[str, bytes]]:
         for key, _, content in iter_images(read_index(path)):
             yield f"{path}/{key}", content
         return
-    found = _image_files(path)
-    if not found:
-        raise InputError(f"{path}: no image there; expected {', '.join(IMAGE_EXTENSIONS)} files or a dataset's shards")
-    for file in found:
+    check(path)
+    for file in _image_files(path):
         yield str(file), file.read_bytes()
+
+
+def check(path: Path) -> None:
+    """Look whether there are images.
+
+    Raises:
+        InputError: no image there.
+    """
+    if not shards_of(shard_folder(path)) and not _image_files(path):
+        raise InputError(f"{path}: no image there; expected {', '.join(IMAGE_EXTENSIONS)} files or a dataset's shards")
 
 
 def _image_files(path: Path) -> list[Path]:

@@ -9,10 +9,15 @@ from curate.expressions import label, readable, scalar_expression
 from curate.filters import Sample, Top
 from curate.select.selection import Selection
 
+# In floating point 0.07 × 100 is a little over 7, and would be rounded up to 8.
+_BARELY_LESS = 1 - 1e-15
+
 
 def how_many(selection: Selection, fraction: float | None, count: int | None) -> int:
     """Rows to keep of those alive; a fraction is rounded up, so that it never keeps none of some."""
-    return count if count is not None else ceil((fraction or 0) * scalar(selection.db, "SELECT count(*) FROM alive"))
+    if count is not None:
+        return count
+    return ceil((fraction or 0) * scalar(selection.db, "SELECT count(*) FROM alive") * _BARELY_LESS)
 
 
 def apply_top(selection: Selection, step: Top) -> None:
@@ -22,7 +27,7 @@ def apply_top(selection: Selection, step: Top) -> None:
     """
     by = scalar_expression(selection.db, label(step), step.by, selection.columns)
     per = _per(selection, step)
-    num_kept = str(step.count) if step.count is not None else f"ceil({step.fraction!r}::DOUBLE * num_rows)"
+    num_kept = str(step.count) if step.count is not None else _share(step.fraction)
     among = "" if step.per is None else f"|| {_shown(step.per)}"
     with readable(label(step)):
         selection.db.execute(f"""
@@ -57,7 +62,7 @@ def apply_sample(selection: Selection, step: Sample) -> None:
     kept = (
         f"row_number() OVER (ORDER BY rank, lot, key) <= {step.count}"
         if step.count is not None
-        else f"rank <= ceil({step.fraction!r}::DOUBLE * num_rows)"
+        else f"rank <= {_share(step.fraction)}"
     )
     with readable(label(step)):
         selection.db.execute(f"""
@@ -71,6 +76,11 @@ def apply_sample(selection: Selection, step: Sample) -> None:
                     FROM (SELECT row, key, {lot} AS lot, ({_per(selection, step)}\n) AS part FROM alive)
                 )
             ) WHERE NOT is_kept""")
+
+
+def _share(fraction: float | None) -> str:
+    """SQL: as `how_many`, of `num_rows`."""
+    return f"ceil({fraction!r}::DOUBLE * num_rows * {_BARELY_LESS!r}::DOUBLE)"
 
 
 def _per(selection: Selection, step: Top | Sample) -> str:

@@ -102,7 +102,7 @@ class Selection:
 
 
 def read_embeddings(path: Path) -> tuple[pa.Array, np.ndarray]:
-    """Keys and image embeddings, float32 (N, D), of a signals file; rows without one are left out.
+    """Keys and image embeddings, float32 (N, D) of length 1, of a signals file; rows without one are left out.
 
     Raises:
         InputError: the file has no embeddings.
@@ -111,13 +111,15 @@ def read_embeddings(path: Path) -> tuple[pa.Array, np.ndarray]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    from curate.select.semantic import of_length_one
+
     if "image_embedding" not in pq.read_schema(path).names:
         raise InputError(f"{path}: no column 'image_embedding'; run `curate measure` again")
     table = read_rows(path, ["key", "image_embedding"])
     table = table.filter(pc.is_valid(table["image_embedding"])).combine_chunks()
     flat = pc.list_flatten(table["image_embedding"]).to_numpy()
     width = len(flat) // table.num_rows if table.num_rows else 0
-    return table["key"], flat.astype(np.float32).reshape(table.num_rows, width)
+    return table["key"], of_length_one(flat.astype(np.float32).reshape(table.num_rows, width))
 
 
 def same_width(embeddings: np.ndarray, reference: np.ndarray, path: Any) -> None:

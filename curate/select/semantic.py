@@ -29,6 +29,8 @@ CELLS = 3
 # Images for k-means to learn a cell from.
 LEARN_FROM = 40
 ITERATIONS = 10
+# So much less may the cosine of two equal vectors be than 1, by the order of additions in float32.
+UNSURE = 2e-6
 # Images of one cell compared with all others in it at a time.
 _BLOCK = 2_048
 
@@ -38,7 +40,7 @@ class Vectors:
     """Embeddings on disk.
 
     Attributes:
-        file: float16 (N, D), rows of length 1.
+        file: float16 (N, D), rows of length 1 but for the rounding.
         rows: which row of the list each is of, int64 (N).
     """
 
@@ -50,7 +52,13 @@ class Vectors:
 
     def read(self, places: Any) -> Floats:
         """Some of them, float32."""
-        return np.asarray(self.file[places], np.float32)
+        return of_length_one(np.asarray(self.file[places], np.float32))
+
+
+def of_length_one(vectors_ND: Floats) -> Floats:
+    """Vectors that were rounded to float16, again of length 1: so the cosine of two equal ones is 1."""
+    squares_N = np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64)
+    return vectors_ND / np.maximum(np.sqrt(squares_N), np.finfo(np.float32).tiny).astype(np.float32)[:, None]
 
 
 def write_vectors(folder: Path, batches: Iterator[tuple[Ints, Floats]]) -> Vectors:
@@ -82,7 +90,7 @@ def near_groups(vectors: Vectors, similarity: float, seed: int) -> Ints:
 
     Args:
         vectors: the embeddings.
-        similarity: least cosine of two duplicates; rounded to six places before they are compared.
+        similarity: least cosine of two duplicates, but for UNSURE.
         seed: of k-means.
     """
     label = np.arange(len(vectors), dtype=np.int64)
@@ -106,9 +114,8 @@ def near_pairs(vectors: Vectors, similarity: float, seed: int) -> Iterator[tuple
         for start in range(0, len(at_home), _BLOCK):
             home = at_home[start : start + _BLOCK]
             cosine_HM = vectors_MD[home] @ vectors_MD.T
-            # A little less first: rounding all of them takes longer than the product.
-            h, m = np.nonzero(cosine_HM >= similarity - 1e-6)
-            near = (np.round(cosine_HM[h, m].astype(np.float64), 6) >= similarity) & (home[h] != m)
+            h, m = np.nonzero(cosine_HM >= similarity - UNSURE)
+            near = home[h] != m
             yield members[home[h[near]]], members[m[near]]
 
 

@@ -305,3 +305,31 @@ def test_a_changed_threshold_asks_for_nothing_and_measures_nothing_again(web, tm
     assert packed(out) != first
     run(command(urls, out, filters="[{name: wide, where: width >= 41}]"))
     assert packed(out) == first
+
+
+@pytest.mark.parametrize("theirs", ["README.md", "report.html", "plan/mine.parquet", "raw/notes.txt", "manifest.json"])
+def test_a_folder_with_files_of_others_under_our_names_is_left_alone(tmp_path: Path, theirs: str) -> None:
+    out = tmp_path / "out"
+    (out / theirs).parent.mkdir(parents=True)
+    (out / theirs).write_text("mine")
+    if theirs.endswith(".parquet"):
+        pd.DataFrame({"mine": [1]}).to_parquet(out / theirs)
+    before = (out / theirs).read_bytes()
+    (tmp_path / "list.txt").write_text("http://127.0.0.1:9/1.jpg\n")
+    ran = run([*BUILD, "--urls", str(tmp_path / "list.txt"), "--out", str(out)], 2)
+    assert ran.stderr.startswith(
+        f"curate: --out {out}: is no dataset of curate and has {theirs.partition('/')[0]}, which"
+    )
+    assert (out / theirs).read_bytes() == before
+    assert {path.name for path in out.rglob("*")} == set(Path(theirs).parts)
+
+
+def test_a_folder_with_other_files_and_one_that_was_copied_without_its_lock_are_built_in(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "list.txt").write_text("http://127.0.0.1:9/1.jpg\n")
+    (tmp_path / "notes.md").write_text("mine")
+    (tmp_path / "recipe.yaml").write_text(f"{{urls: {tmp_path}/list.txt, out: {tmp_path}, filters: []}}\n")
+    words = [sys.executable, "-m", "curate.cli", "plan", "--config", str(tmp_path / "recipe.yaml")]
+    run(words)
+    (tmp_path / ".lock").unlink()
+    assert "(unchanged)" in run(words).stderr

@@ -62,6 +62,25 @@ def test_a_value_of_another_kind_says_what_was_expected(capsys: pytest.CaptureFi
     assert (status, message) == (2, "curate: pack.val: expected a number, got 'many'\n")
 
 
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [
+        ("{name: b, wher: width > 10}", "filters[1] 'b': 'wher' is not a kind of filter. Did you mean 'where'?"),
+        ("{where: width > 10}", "filters[1]: needs a name, such as 'name: caption_length'"),
+        ("{name: a, where: aspect < 3}", "filters: two steps are named 'a'; the ledger tells them apart by name"),
+    ],
+)
+def test_a_filter_that_is_none_is_told_with_its_file_and_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, step: str, says: str
+) -> None:
+    config = tmp_path / "domain.yaml"
+    config.write_text(f"out: {tmp_path / 'out'}\nfilters:\n  - {{name: a, where: width > 10}}\n  - {step}\n")
+    (tmp_path / "urls.txt").write_text("http://127.0.0.1/1.jpg\n")
+    status, message = failing(capsys, "build", "--config", str(config), "--urls", str(tmp_path / "urls.txt"))
+    line = 2 if says.startswith("filters: ") else 4
+    assert (status, message) == (2, f"curate: {config}:{line}: {says}\n")
+
+
 def test_a_build_needs_a_list(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, message = failing(capsys, "build", "--out", str(tmp_path / "out"))
     assert status == 2
@@ -140,6 +159,38 @@ def test_a_filter_that_needs_a_clip_is_told_before_any_work(
     assert message.startswith(f"curate: {says}")
     assert "set measure.clip.name" in message
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [
+        ("decontaminate: {against: nothere/}", "filters 'odd': nothere/: no such file or folder"),
+        ("decontaminate: {against: [.]}", ".: no image there"),
+        ("balance: {concepts: nothere.txt}", "filters 'odd': concepts: nothere.txt: no such file"),
+    ],
+)
+def test_a_path_in_a_filter_that_leads_nowhere_is_told_before_any_work(
+    step: str, says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(f"urls: l.txt\nout: out\nfilters: [{{name: odd, {step}}}]\n")
+    (tmp_path / "l.txt").write_text("http://a.test/1.jpg\n")
+    status, message = failing(capsys, "build", "--config", "recipe.yaml")
+    assert (status, message.count("\n")) == (2, 1)
+    assert says in message
+    assert not (tmp_path / "out").exists()
+    main(["plan", "--config", "recipe.yaml"])  # `curate concepts` may come after it
+
+
+def test_a_list_of_which_nothing_can_be_fetched_names_the_filters(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "l.txt").write_text("nonsense\nhttp://a.test/1\nhttp://a.test/2\nhttp://b.test/\n")
+    filters = "[{name: not_a, where: url_host != 'a.test'}, {name: words, where: caption_words > 0}]"
+    words = ["plan", "--urls", str(tmp_path / "l.txt"), "--out", str(tmp_path / "out"), "--filters", filters]
+    status, message = failing(capsys, *words)
+    assert status == 3
+    assert message.endswith("of 4 rows none can be fetched: where 'not_a' 2, bad_url 1, where 'words' 1\n")
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -37,6 +37,28 @@ def test_embeddings_are_open_clips_features_normalised(tiny: str) -> None:
     )
 
 
+def test_a_caption_alone_is_a_batch_of_it_and_nothing_is_an_empty_batch(tiny: str) -> None:
+    clip = load_clip(tiny, device="cpu")
+    assert torch.equal(clip.embed_captions("a dog"), clip.embed_captions(["a dog"]))
+    assert clip.embed_images([]).shape == clip.embed_captions([]).shape == (0, 16)
+
+
+def test_weights_that_are_no_numbers_are_not_loaded(tiny: str, tmp_path: Path) -> None:
+    state = load_clip(tiny, device="cpu").model.state_dict()
+    state["text_projection"][3, 5] = float("nan")
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(ModelError, match="text_projection has values that are no numbers, or infinite"):
+        load_clip(tiny, str(tmp_path / "weights.pt"), device="cpu")
+
+
+def test_a_file_that_holds_code_is_told_in_plain_words(tiny: str, tmp_path: Path) -> None:
+    """torch's own words for it have bold ones."""
+    torch.save({"args": Path("x")}, tmp_path / "weights.pt")
+    with pytest.raises(ModelError, match="cannot be loaded") as told:
+        load_clip(tiny, str(tmp_path / "weights.pt"), device="cpu")
+    assert "\x1b" not in str(told.value)
+
+
 def test_the_papers_models_have_their_architectures_with_quickgelu() -> None:
     known = open_clip.list_models()
     assert len(OPENAI_NAMES) == 9

@@ -132,7 +132,9 @@ def test_when_the_network_comes_back_every_row_is_asked_again(tmp_path, caplog, 
     hosts = sorted({url.split("/")[2].split(":")[0] for url in urls})
     servers = []
 
-    def open_later():
+    def open_once_paused():
+        while "paused: no network" not in caplog.text:
+            time.sleep(0.05)
         for host in hosts:
             one = WebServer(host)
             one.port = port
@@ -141,13 +143,13 @@ def test_when_the_network_comes_back_every_row_is_asked_again(tmp_path, caplog, 
             one.__enter__()
             servers.append(one)
 
-    timer = threading.Timer(2.0, open_later)
-    timer.start()
+    opening = threading.Thread(target=open_once_paused, daemon=True)
+    opening.start()
     try:
         with caplog.at_level(logging.INFO, "cliptailor"):
             rows = fetch_here(tmp_path, urls, impatient(outage_s=30.0, retries=6, backoff_s=0.5))
     finally:
-        timer.join()
+        opening.join(20)
         for one in servers:
             one.__exit__()
     assert {row["status"] for row in rows} == {"success"}

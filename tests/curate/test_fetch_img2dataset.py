@@ -156,6 +156,15 @@ def test_every_row_ends_once_and_no_request_goes_where_it_must_not(tmp_path):
     assert read_stats(tmp_path)["status_dict"] == dict(Counter(row["reason"] or "success" for row in rows))
 
 
+def test_a_thin_image_that_would_grow_to_gigabytes_does_not_reach_it(tmp_path):
+    with WebServer() as server:
+        thin = server.add("/thin.png", page(encoded(photo(0, (2, 60_000)), "PNG")))
+        urls = [thin, server.add("/good.jpg", page(jpeg(0)))]
+        rows = fetch(tmp_path, urls, impatient(image_size=256, resize_only_if_bigger=False))
+    assert [row["reason"] for row in rows] == ["too_many_pixels", None]
+    assert rows[0]["value"] == "2x60000, resized 256x7680000"
+
+
 def test_killed_or_hung_it_starts_again_with_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(img2dataset, "GRACE_S", 3.0)
     first, second = threading.Event(), threading.Event()

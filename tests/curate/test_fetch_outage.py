@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import socket
-import threading
 import time
 
 import pytest
@@ -62,14 +61,40 @@ def test_names_that_no_longer_resolve_end_the_run_after_outage_s(server, names, 
 
 def test_what_failed_in_an_outage_loses_no_try(server, names, tmp_path, caplog):
     """Not one more try is allowed, and robots.txt of each host failed in the outage, too."""
-    names["fail"] = no_answer
-    back = threading.Timer(1.0, lambda: names.update(fail=lambda name: None))
-    back.start()
+
+    def fail_until_paused(name):
+        if "paused: no network" not in caplog.text:
+            no_answer(name)
+
+    names["fail"] = fail_until_paused
+    config = impatient(outage_s=30.0, retries=0, backoff_s=5.0, read_timeout_s=10.0, total_timeout_s=10.0)
     with caplog.at_level(logging.INFO, "cliptailor"):
-        rows = fetch_here(tmp_path, on_hosts(server, 40), impatient(outage_s=30.0, retries=0, backoff_s=5.0))
-    back.join()
-    assert {row["status"] for row in rows} == {"success"}
+        rows = fetch_here(tmp_path, on_hosts(server, 40), config)
+    assert [(row["reason"], row["value"]) for row in rows if row["status"] != "success"] == []
     assert "the network is back" in caplog.text
+
+
+def test_what_began_in_an_outage_and_fails_after_it_loses_no_try(monkeypatch):
+    monkeypatch.setattr(outage, "FIRST_PAUSE_S", 0.01)
+    stood, again, probes = [], [], []
+
+    async def reach(address):
+        probes.append(address)
+        if len(probes) < 3:
+            raise OSError("no")
+
+    async def story():
+        watch = outage.Watch(reach, 30.0, stood.extend, again.extend)
+        watch.answered(("alive", 80))
+        began = time.monotonic()
+        watch.failed("before", ("host", 80), "dns")
+        await watch.decide()
+        watch.failed("late", ("host", 80), "dns", began)
+        watch.failed("after", ("host", 80), "dns", time.monotonic())
+        watch.answered(("alive", 80))
+
+    asyncio.run(story())
+    assert (stood, again) == (["after"], ["before", "late"])
 
 
 def test_names_whose_look_up_hangs_are_not_taken_for_an_outage(server, names, tmp_path, monkeypatch, caplog):
@@ -103,14 +128,15 @@ def test_a_list_whose_only_server_is_down_ends_soon(names, tmp_path):
 def test_a_pause_is_reported(server, names, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "REPORT_EVERY_S", 0.05)
     monkeypatch.setattr(outage, "LONGEST_PAUSE_S", 0.1)
-    names["fail"] = no_answer
-    back = threading.Timer(1.0, lambda: names.update(fail=lambda name: None))
-    back.start()
-    paused = []
-    rows = fetch_here(
-        tmp_path, on_hosts(server, 30), impatient(outage_s=30.0), lambda said: paused.append(said["paused"])
-    )
-    back.join()
+    paused = [0.0]
+
+    def fail_until_long_paused(name):
+        if max(paused) <= 0.3:
+            no_answer(name)
+
+    names["fail"] = fail_until_long_paused
+    config = impatient(outage_s=30.0, read_timeout_s=10.0, total_timeout_s=10.0)
+    rows = fetch_here(tmp_path, on_hosts(server, 30), config, lambda said: paused.append(said["paused"]))
     assert {row["status"] for row in rows} == {"success"}
     assert max(paused) > 0.3
     assert paused[-1] == 0

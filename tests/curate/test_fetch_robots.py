@@ -3,6 +3,7 @@
 import asyncio
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sqlite3
@@ -12,6 +13,7 @@ import pytest
 from yarl import URL
 
 from curate.config import FetchConfig
+from curate.errors import UnwritableDisk, told
 from curate.fetch.origins import prepare
 from curate.fetch.robots import MOST_BYTES, Robots, rules_for_us, text_of
 from curate.fetch.transfer import Page, Transfer, open_session
@@ -337,3 +339,17 @@ def test_robots_are_not_read_where_the_user_says_so(server, tmp_path):
     (row,) = fetch_here(tmp_path, [server.add("/a.jpg", page(jpeg()))], config)
     assert row["status"] == "success"
     assert server.asked["/robots.txt"] == 0
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """The limit on the size of a file is a disk that ends there."""
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, most))
+    try:
+        with pytest.raises(sqlite3.OperationalError) as full:
+            prepare(tmp_path / "robots.sqlite")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    assert isinstance(said := told(full.value), UnwritableDisk)
+    assert str(said).startswith("robots.sqlite: disk I/O error; is the disk full? ")
+    assert told(sqlite3.OperationalError("no such table: origins")) is None

@@ -156,7 +156,13 @@ def test_every_good_answer_is_kept(server, tmp_path):
     ("written", "asked"),
     [
         ("/größe/Zürich.jpg", "/gr%C3%B6%C3%9Fe/Z%C3%BCrich.jpg"),
-        ("/a b.jpg?q=1 2", "/a%20b.jpg?q=1+2"),
+        ("/a b.jpg?q=1 2&ü=[|]", "/a%20b.jpg?q=1%202&%C3%BC=%5B%7C%5D"),
+        ("/i?url=https%3A%2F%2Fc%2Fa.jpg&s=%2C%24%40%27%2b+", "/i?url=https%3A%2F%2Fc%2Fa.jpg&s=%2C%24%40%27%2b+"),
+        ("/i?url=http://c/a.jpg?b,$@'", "/i?url=http://c/a.jpg?b,$@'"),
+        ("/%7Eme/%2525%27%E4.jpg?%", "/~me/%2525%27%E4.jpg?%25"),
+        ("/x/../a/./%2e%2E//b/..", "//"),
+        ("?x=1", "/?x=1"),
+        ("", "/"),
         ("/a%20b%2Fc.jpg", "/a%20b%2Fc.jpg"),
         ('/it\'s "quoted".jpg', "/it's%20%22quoted%22.jpg"),
         ("/100%.jpg", "/100%25.jpg"),
@@ -170,6 +176,28 @@ def test_urls_as_people_write_them_are_asked_for_rightly(server, tmp_path, writt
     (row,) = fetch_here(tmp_path, [f"{lead}http://127.0.0.1:{server.port}{written.lstrip()}"], impatient())
     assert row["error_message"] is None
     assert server.asked[asked] == 1
+
+
+@pytest.mark.parametrize(
+    ("location", "asked"),
+    [
+        ("b.jpg?url=a%2Fb&s=%2C", "/a/b.jpg?url=a%2Fb&s=%2C"),
+        ("../ö k.jpg", "/%C3%B6%20k.jpg"),
+        ("?x=%2F", "/a/first?x=%2F"),
+        ("//{host}/c%2F.jpg#part", "/c%2F.jpg"),
+    ],
+)
+def test_a_redirect_is_followed_as_it_is_written(server, tmp_path, location, asked):
+    place = location.format(host=f"127.0.0.1:{server.port}")
+    server.add("/a/first", redirect(place))
+    server.add(asked, page(JPEG))
+    (row,) = fetch_here(tmp_path, [f"http://127.0.0.1:{server.port}/a/first"], impatient())
+    assert row["error_message"] is None
+    assert server.asked[asked] == 1
+
+
+def test_a_host_with_letters_beyond_ascii_is_asked_for_by_its_own_name():
+    assert str(parse_target("HTTPS://u:p@Bücher.Example:443/ö#x")) == "https://xn--bcher-kva.example/%C3%B6"
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,11 @@ def test_reading_leaves_the_configuration_as_it_was():
 @pytest.mark.parametrize(
     ("step", "says"),
     [
-        ({"where": "x"}, r"filters\[1\]: needs a name"),
+        ({"where": "x"}, r"filters\[0\]: needs a name"),
         ({"name": "", "where": "x"}, "needs a name"),
         ({"name": "n"}, "expected exactly one of .* got nothing"),
         ({"name": "n", "where": "x", "top": {}}, "expected exactly one of .* got where, top"),
-        ({"name": "n", "dedupe": {}}, r"filters\[1\] 'n': 'dedupe' is not a kind of filter\. Did you mean 'dedup'"),
+        ({"name": "n", "dedupe": {}}, r"filters\[0\] 'n': 'dedupe' is not a kind of filter\. Did you mean 'dedup'"),
         ({"name": "n", "where": " "}, "where needs an expression"),
         ({"name": "n", "where": 3}, "where needs an expression"),
         ({"name": "n", "dedup": "sha256"}, "dedup needs keys"),

@@ -240,6 +240,16 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped():
     assert not decoded.plain
 
 
+def test_the_transparent_shade_of_sixteen_bit_grey_stands_on_white_and_no_other():
+    ramp = np.arange(2_000, 2_000 + 64 * 64, dtype=np.uint16).reshape(64, 64)
+    content = encoded(Image.fromarray(ramp), "PNG", transparency=2_100)
+    assert b"tRNS" in content
+    decoded = decode(content, max_pixels=MANY)
+    expected = np.where(ramp == 2_100, 255, np.round(ramp / 257))
+    assert np.array_equal(decoded.rgb, np.repeat(expected[..., None], 3, axis=2))
+    assert not decoded.plain
+
+
 def test_transparency_stands_on_white():
     rgba = np.zeros((40, 40, 4), np.uint8)
     rgba[:, :20] = (255, 0, 0, 255)

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from curate.images import Encoding, Resize, decode, store
+from curate.images import Encoding, Rejected, Resize, decode, store
+from curate.ledger import Reason
 
 MANY = 50_000_000
 CHINA, FLOWER = (np.asarray(image) for image in load_sample_images().images)
@@ -128,3 +129,21 @@ def test_what_is_stored_opens_upright_and_plain_for_every_reader(kind):
     content = encoded(Image.fromarray(CHINA).resize((900, 700)), kind, **({} if kind == "GIF" else {"exif": exif}))
     kept = stored(content)
     assert mean_difference(np.asarray(Image.open(io.BytesIO(kept.content)).convert("RGB")), kept.rgb) < 3
+
+
+@pytest.mark.parametrize("mode", ["keep_ratio", "center_crop"])
+def test_a_thin_image_that_would_grow_to_gigabytes_is_refused(mode):
+    thin = encoded(Image.new("RGB", (2, 60_000)))
+    with pytest.raises(Rejected) as rejected:
+        stored(thin, 256, mode, bigger=False)
+    assert (rejected.value.reason, rejected.value.value) == (
+        Reason.TOO_MANY_PIXELS,
+        "2x60000, resized 256x7680000",
+    )
+    assert stored(encoded(Image.new("RGB", (2, 600))), 256, mode, bigger=False).rgb.shape[1] == 256
+
+
+def test_an_image_longer_than_any_format_takes_is_refused():
+    with pytest.raises(Rejected) as rejected:
+        stored(encoded(Image.new("RGB", (2, 1_000_001)), "BMP"))
+    assert (rejected.value.reason, rejected.value.value) == (Reason.TOO_MANY_PIXELS, "2x1000001, which png cannot hold")

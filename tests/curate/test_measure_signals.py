@@ -169,14 +169,24 @@ def test_a_function_that_does_not_do_what_it_says_is_one_line(out, own, function
         ({"columns": {}}, "measure.signals[1] 'mine': needs the columns"),
         ({"columns": {"bright": "REAL8"}}, "measure.signals[1] 'mine': column 'bright': type 'REAL8' is none of"),
         ({"columns": {"language": "VARCHAR"}}, "measure.signals[1] 'mine': column 'language' is one of text's"),
-        ({"columns": {"width": "DOUBLE"}}, "measure.signals 'mine': there is a column 'width' already"),
+        ({"columns": {"Language": "VARCHAR"}}, "measure.signals[1] 'mine': column 'Language' is one of text's"),
+        *(
+            ({"columns": {name: "DOUBLE"}}, f"measure.signals[1] 'mine': column '{name}' is one of our own; choose")
+            for name in ("width", "Width", "split", "duplicate_group", "key", "source_file")
+        ),
         ({"name": "clip"}, "measure.signals[1] 'clip': the name is taken"),
     ],
 )
 def test_a_wrong_entry_is_told_by_its_place(out, own, entry, said):
     with pytest.raises(ConfigError) as error:
-        measure.run(out, MeasureConfig(signals=[own("brightness") | entry if "nam" not in entry else entry]))
+        measure.check(MeasureConfig(signals=[own("brightness") | entry if "nam" not in entry else entry]))
     assert str(error.value).startswith(said)
+
+
+def test_a_signal_with_the_name_of_a_lists_column_is_refused(tmp_path, own):
+    out = fetched(tmp_path / "out", [row(0, noise(0), Side=1)])
+    with pytest.raises(ConfigError, match=r"measure.signals 'mine': there is a column 'side' already; rename it"):
+        measure.run(out, MeasureConfig(signals=[own("brightness")]))
 
 
 @pytest.mark.parametrize(

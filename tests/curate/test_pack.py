@@ -98,7 +98,7 @@ def test_shards_are_of_near_equal_size_and_none_is_a_dwarf():
         assert not sizes or (max(sizes) <= 7 and max(sizes) - min(sizes) <= 1)
 
 
-@pytest.mark.parametrize("most", [60_000, 100_000, 250_000, 5_000_000])
+@pytest.mark.parametrize("most", [100_000, 250_000, 5_000_000])
 def test_shards_by_bytes_are_full_but_never_over_and_none_is_a_dwarf(tmp_path, most):
     rng = np.random.default_rng(0)
     padding = [rng.bytes(int(size)) for size in rng.integers(0, 40_000, 60)]
@@ -142,6 +142,17 @@ def test_runs_of_near_equal_sums_hold_everything_once_and_none_is_over_but_alone
     # Each run's end is within half an item of its even share of the whole.
     if len(set(sizes)) == 1 and runs:
         assert max(map(len, runs)) - min(map(len, runs)) <= 1
+
+
+def test_a_limit_below_the_least_item_gives_each_a_run_of_its_own_at_once():
+    for most in (1_000 - 10_240, 0, 50_000):
+        assert pack.cut_evenly(np.full(200_000, 50_000), most) == list(range(200_001))
+
+
+def test_a_limit_that_no_sample_fits_is_told():
+    for most in (0, 1_000, 99_999):
+        with pytest.raises(ConfigError, match=rf"pack.shard_bytes: {most} bytes .*at least 100000, such as 1000000000"):
+            PackConfig(shard_bytes=most)
 
 
 def test_a_single_sample_over_the_limit_has_a_shard_of_its_own(tmp_path):

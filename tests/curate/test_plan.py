@@ -240,6 +240,16 @@ def test_json_text_that_looks_like_a_date_stays_as_it_is_written(tmp_path):
     assert [(row["caption"], row["day"]) for row in candidates(tmp_path / "out")] == [("2020-1-5", "2020-1-5")]
 
 
+def test_a_json_value_that_is_no_text_leaves_the_texts_beside_it_as_they_are_written(tmp_path):
+    captions = ["a dog", 'the "big" cat\n', 1999, {"t": "x"}, None]
+    rows = [{"url": f"http://a.test/{n}", "caption": caption, "shop": caption} for n, caption in enumerate(captions)]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(tmp_path / "l.jsonl", tmp_path / "out", [{"name": "shop", "where": "shop IS NULL OR shop <> 'a dog'"}])
+    found = [(row["caption"], row["shop"]) for row in candidates(tmp_path / "out")]
+    texts = ['the "big" cat\n', "1999", '{"t":"x"}']
+    assert found == [*zip(texts, texts, strict=True), ("", None)]
+
+
 def test_named_columns_win_over_usual_names(tmp_path):
     (tmp_path / "l.csv").write_text("url,text,thumb,label\nhttp://a.test/big,t,http://a.test/small,l\n")
     run(tmp_path / "l.csv", tmp_path / "out", url_column="thumb", caption_column="Label")
@@ -304,9 +314,19 @@ def test_a_filter_that_cannot_work_is_told_before_any_request(tmp_path):
         ("l.parquet", b"PAR1 this is none", "cannot be read as parquet"),
         ("l.csv", b"a,b\n1,2\n", r"none of its columns \(a, b\) is named url"),
         ("l.csv", b"url,x\nhttp://a.test,2\n", r"named caption.*plan.columns.caption"),
-        ("l.csv", b"url,caption\nhttp://a.test/\xff\xfe,x\n", "cannot be read as csv"),
+        ("l.csv", b"url,caption\nhttp://a.test/\xff\xfe,x\n", "l.csv: line 2 is not UTF-8"),
+        ("l.csv", b"url,c\xe9\nhttp://a.test/,x\n", "l.csv: line 1 is not UTF-8"),
+        ("l.csv", b"", "l.csv: is empty; expected a header"),
+        ("l.csv.gz", gzip.compress(b"url,caption\nhttp://a.test/,x\n" * 9, mtime=0)[:-9], "l.csv.gz: cannot be read"),
         ("l.jsonl", b'{"url": "http://a.test"\n', "cannot be read as json"),
         ("l.json", b"[1, 2]", "expected JSON objects"),
+        (
+            "l.jsonl",
+            b'{"url": "a", "text": ["b"]}',
+            r"column 'text' holds VARCHAR\[\], no text; .*plan.columns.caption",
+        ),
+        ("l.jsonl", b'{"url": "a", "text": {"b": 1}}', r"column 'text' holds STRUCT.*, no text; write a row for each"),
+        ("l.jsonl", b'{"url": {"b": 1}, "text": "c"}', r"column 'url' holds STRUCT.*plan.columns.url"),
         ("l.csv", b"url,caption\n", "has no rows"),
         ("l.docx", b"x", "unknown files; expected files of one form"),
     ],
@@ -317,6 +337,88 @@ def test_a_list_that_cannot_be_read_is_told_in_one_line(tmp_path, name, content,
         run(tmp_path / name, tmp_path / "out")
     assert "\n" not in str(error.value)
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize("before", [30, 25_000])  # DuckDB looks at 20,480 rows first, and streams the others
+@pytest.mark.parametrize(
+    ("rows", "line", "says"),
+    [
+        ("url,caption,n\nhttp://a.test/b,x,1\nhttp://a.test/c,x,2\n", 2, "has 3 fields, the header .* 2; lists of"),
+        ("http://a.test/b,one, two\n", 2, r'has 3 fields, the header \(line 1\) 2; put "quotes" around .* a comma'),
+        ('"http://a.test/b","two\nlines"\nhttp://a.test/c\n', 4, "has 1 field, the header .* 2; an empty field"),
+        ('http://a.test/b,"open\nhttp://a.test/c,x\n', 2, 'a " that opens a text is not closed'),
+        ("http://a.test/b,caf\xe9\n", 2, "is not UTF-8"),
+    ],
+)  # fmt: skip
+def test_a_row_of_a_csv_that_does_not_fit_is_told_with_its_line(tmp_path, before, rows, line, says):
+    rows = "url,caption\n" + "".join(f"http://a.test/{n},photo {n}\n" for n in range(before)) + rows
+    (tmp_path / "l.csv").write_bytes(rows.encode("latin-1"))
+    with pytest.raises(InputError, match=f"l.csv: line {before + line}:? {says}") as error:
+        run(tmp_path / "l.csv", tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "ends", [["\n"], ["\r\n"], ["\r"], ["\r", "\n"], ["\r\n", "\n"], ["\n", "\r\n"], ["\r\n", "\r\n", "\n"]]
+)
+def test_lines_of_a_csv_may_end_in_any_way_and_differently(tmp_path, ends):
+    lines = ["url,caption", *(f'http://a.test/{n},"{n}, and\r\na ""second\n line"""' for n in range(20))]
+    with (tmp_path / "l.csv").open("w", newline="") as file:
+        file.writelines(line + ends[number % len(ends)] for number, line in enumerate(["", *lines]))
+    assert run(tmp_path / "l.csv", tmp_path / "out").candidates == 20
+    assert [row["caption"] for row in candidates(tmp_path / "out")] == [
+        f'{n}, and\r\na "second\n line"' for n in range(20)
+    ]
+
+
+def test_mixed_line_ends_make_no_list_loose(tmp_path):
+    (tmp_path / "l.csv").write_bytes(b'url,caption\r\nhttp://a.test/1,x\nhttp://a.test/2,"x" y\nhttp://a.test/3,x\n')
+    with pytest.raises(InputError, match=r'l\.csv: line 3: a " that opens'):
+        run(tmp_path / "l.csv", tmp_path / "out")
+    (tmp_path / "l.txt").write_bytes(b"http://a.test/1\r\nhttp://a.test/2\nhttp://a.test/3\r\n")
+    assert run(tmp_path / "l.txt", tmp_path / "txt").candidates == 3
+
+
+def test_a_csv_with_tabs_is_read_as_what_it_is(tmp_path):
+    """open_clip_train's own form."""
+    (tmp_path / "l.csv").write_text("url\tcaption\nhttp://a.test/1\tred, green\nhttp://a.test/2\tblue\n")
+    run(tmp_path / "l.csv", tmp_path / "out")
+    assert [row["caption"] for row in candidates(tmp_path / "out")] == ["red, green", "blue"]
+    (tmp_path / "l.csv").write_text("url\tcaption\nhttp://a.test/1\tred\tgreen\n")
+    with pytest.raises(InputError, match=r"line 2 has 3 fields, the header .* 2; .* a tab"):
+        run(tmp_path / "l.csv", tmp_path / "other")
+
+
+def test_csv_files_with_other_columns_are_united_in_their_order(tmp_path):
+    (tmp_path / "lists").mkdir()
+    for name, header, row in (("a", "url,caption", "{},x"), ("b", "score,caption,URL", "1,x,{}"), ("c", "", "")):
+        rows = "".join(row.format(f"http://a.test/{name}{n}") + "\n" for n in range(3) if row)
+        (tmp_path / "lists" / f"{name}.csv").write_text(f"{header}\n{rows}")
+    run(tmp_path / "lists", tmp_path / "out")
+    found = [(row["url"][-2:], row["score"]) for row in candidates(tmp_path / "out")]
+    assert found == [(f"a{n}", None) for n in range(3)] + [(f"b{n}", "1") for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("header", "names"),
+    [
+        ("url, caption ,url,,URL,a_b,url_1", ["url_1", "column3", "URL_2", "a_b", "url_1_1"]),
+        ('\n\n"url","cap""tion",caption', ['cap"tion']),
+    ],
+)
+def test_the_columns_of_a_csv_are_named_as_its_first_line_says(tmp_path, header, names):
+    row = ",".join(["http://a.test/1"] + ["x"] * header.count(","))
+    (tmp_path / "l.csv").write_text(f"\ufeff{header}\n{row}\n")
+    assert run(tmp_path / "l.csv", tmp_path / "out").rows == 1
+    assert [name for name in candidates(tmp_path / "out")[0] if name in names] == names
+
+
+def test_a_late_mistake_in_json_lines_is_one_line_too(tmp_path):
+    rows = [{"url": f"http://a.test/{n}", "caption": "x" * 100} for n in range(30_000)]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"url": "http://a.te\n')
+    with pytest.raises(InputError, match=r"l\.jsonl: cannot be read as json") as error:
+        run(tmp_path / "l.jsonl", tmp_path / "out")
+    assert "\n" not in str(error.value)
 
 
 def test_a_list_that_is_not_there_or_mixed_is_told(tmp_path):
@@ -346,3 +448,47 @@ def test_a_users_name_and_password_are_in_no_file(tmp_path):
     ]
     for path in (tmp_path / "out" / "plan").glob("*.parquet"):
         assert secret not in repr(pq.read_table(path).to_pylist())
+
+
+BYTES = bytes([0xFF, 0xD8, 0x00, 0x80])
+
+
+@pytest.mark.parametrize(
+    ("column", "carried"),
+    [
+        (pa.array([BYTES] * 2), BYTES),
+        (pa.array([{"bytes": BYTES, "path": "a.jpg"}] * 2), r'{"bytes":"\\xFF\\xD8\\x00\\x80","path":"a.jpg"}'),
+    ],
+)
+def test_bytes_in_a_parquet_list_are_carried(tmp_path, column, carried):
+    texts = {"url": ["http://a.test/1", "http://a.test/2"], "caption": ["one", "two"]}
+    pq.write_table(pa.table({**texts, "thumb": column}), tmp_path / "l.parquet")
+    run(tmp_path / "l.parquet", tmp_path / "out")
+    assert [row["thumb"] for row in candidates(tmp_path / "out")] == [carried] * 2
+
+
+def test_a_day_that_python_does_not_have_is_none(tmp_path):
+    days = [0, 2_932_896, 2_932_897, 3_000_000, -719_162, -719_163, None]
+    table = pa.table(
+        {
+            "url": [f"http://a.test/{n}" for n in range(len(days))],
+            "caption": ["x"] * len(days),
+            "day": pa.array(days, pa.date32()),
+            "time": pa.array([None if n is None else n * 86_400_000_000 for n in days], pa.timestamp("us")),
+        }
+    )
+    pq.write_table(table, tmp_path / "l.parquet")
+    run(tmp_path / "l.parquet", tmp_path / "out")
+    rows = candidates(tmp_path / "out")
+    assert [row["day"] and row["day"].year for row in rows] == [1970, 9999, None, None, 1, None, None]
+    assert [row["time"] and row["time"].year for row in rows] == [1970, 9999, None, None, 1, None, None]
+
+
+@pytest.mark.parametrize("others", [{}, {"md5": [BYTES]}, {"score": [1]}])
+def test_texts_that_a_parquet_list_calls_bytes_are_texts(tmp_path, others):
+    marked = {"license": ["none"]} if "md5" in others else {}
+    table = pa.table({"url": [b"http://a.test/1"], "caption": ["größe".encode()], **others, **marked})
+    pq.write_table(table, tmp_path / "l.parquet", store_schema=False)
+    run(tmp_path / "l.parquet", tmp_path / "out")
+    (row,) = candidates(tmp_path / "out")
+    assert (row["url"], row["caption"]) == ("http://a.test/1", "größe")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from pathlib import Path
 
 import duckdb
@@ -150,8 +151,39 @@ def test_of_a_ranking_the_cut_is_where_it_was_and_nothing_changes_there(figures)
     (cut,) = figures["distributions"]["clip_score"]["what_if"]
     assert cut["ranked"]
     assert cut["step"] == "aligned"
-    assert sum(cut["kept"]) == figures["kept"]
+    assert sum(cut["kept"]) == figures["kept"] - figures["splits"]["retain"]  # the ranking was without them
     assert sum(cut["dropped"]) == 24
+
+
+def test_of_a_step_only_rows_that_met_it_passed(tmp_path):
+    """In retain, a row passed each `where`, but neither the step that moved it nor a later ranking; an earlier one."""
+    rows = [Row(f"{n:020x}", clip_score=0.4, width=300) for n in range(30)]
+    rows += [
+        Row(f"{100 + n:020x}", clip_score=0.1, width=250, split="retain", step="on_topic", value="0.1 (cut 0.2)")
+        for n in range(10)
+    ]
+    fate = {"stage": "select", "reason": "top", "split": None}
+    rows += [
+        Row(f"{200 + n:020x}", clip_score=0.2, width=260, step="later", value="0.2 (cut 0.3)", **fate) for n in range(5)
+    ]
+    rows += [
+        Row(f"{300 + n:020x}", clip_score=0.2, width=90, step="early", value="90 (cut 240)", **fate) for n in range(5)
+    ]
+    write_folder(tmp_path, rows)
+    filters = [
+        {"name": "early", "top": {"by": "original_width", "fraction": 0.9}},
+        {"name": "on_topic", "relevance": {"prompts": ["a digit"], "keep": 0.8}},
+        {"name": "wide", "where": "aspect < 9"},
+        {"name": "later", "top": {"by": "clip_score", "fraction": 0.8}},
+    ]
+    report.run(tmp_path, ReportConfig(), {**CONFIG, "filters": filters}, seed=0)
+    drawn = json.loads((tmp_path / "report.json").read_text())["distributions"].values()
+    kept = {cut["step"]: sum(cut["kept"]) for each in drawn for cut in each["what_if"]}
+    assert kept == {"early": 40, "on_topic": 0, "wide": 40, "later": 30}
+    page = (tmp_path / "report.html").read_text()
+    (passed,) = re.findall(r"Kept, nearest the threshold</h4>(?:(?!<h4>).)*?clip_score.*?</section>", page, re.DOTALL)
+    assert "clip_score=0.4" in passed
+    assert "clip_score=0.1" not in passed
 
 
 # --- SQL -------------------------------------------------------------------------------------------------------------

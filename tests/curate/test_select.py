@@ -9,6 +9,7 @@ from curate import select
 from curate.config import MeasureConfig
 from curate.database import seeded
 from curate.errors import ConfigError, InputError
+from curate.expressions import RESERVED
 from curate.filters import parse_steps
 from curate.images import phash
 from tests.curate.fetched import (
@@ -20,6 +21,7 @@ from tests.curate.fetched import (
     kept,
     ledger,
     noise,
+    pack_rows,
     row,
     select_rows,
 )
@@ -140,6 +142,39 @@ def test_a_filter_can_name_what_plan_and_fetch_know_and_the_lists_own_columns(tm
     assert dropped(out, "all") == {3: "width=64, list_row=3, url_host=host0.test, format=NULL"}
 
 
+# What select, pack and plan call their own columns and tables.
+OURS = (
+    "a alive b bucket_ captions concept counted cuts d distance drops duplicate_group found given grouped h is_kept "
+    "kept_row kept_row_ key_ known label least linked listed lot m members name name_ named number numbered num_kept "
+    "num_rows numbers order_ part placed places planned rank rarest_ rows score taken test turn twice twin_ value_ "
+    "words"
+)
+
+
+def test_columns_of_the_list_may_have_the_names_that_the_queries_use(tmp_path):
+    names = OURS.split()
+    rows = [{**row, **dict.fromkeys(names, "x")} for row in rows_of(8)]
+    rows[1] |= {"rgb": noise(0)}
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "a.png").write_bytes(encoded(noise(5)))
+    theirs = [f"list_{name}" if name in RESERVED else name for name in names]
+    every = ", ".join(f'"{name}"' for name in theirs)
+    filters = [
+        step("all", where=f"concat({every}) <> '' AND width > 0"),
+        step("near", dedup={"by": "phash", "distance": 2, "keep": every}),
+        step("leak", decontaminate={"against": str(tmp_path / "test")}),
+        step("exact", dedup={"by": "sha256", "keep": every}),
+        step("words", balance={"concepts": ["caption"], "cap": 100}),
+        *(step(f"top {name}", top={"by": f'length("{name}")', "count": 7, "per": f'"{name}"'}) for name in theirs),
+        *(step(f"some {name}", sample={"fraction": 1.0, "per": f'"{name}"'}) for name in theirs),
+    ]
+    out = fetched(tmp_path / "out", rows, filters)
+    select_rows(out, filters)
+    assert ([*dropped(out, "near").values()], dropped(out, "leak")) == (["distance=0"], {5: "sha256"})
+    for config in ({}, {"shard_bytes": 10_000_000}):
+        assert pack_rows(out, **config).samples["train"] == 6
+
+
 def test_an_unknown_column_is_told_with_the_nearest(tmp_path):
     out = fetched(tmp_path / "out", rows_of(2))
     with pytest.raises(ConfigError, match=r"filters 'w': no column 'widht'\. Did you mean 'width'\?"):
@@ -250,6 +285,26 @@ def test_top_of_what_is_no_number_is_told(tmp_path):
     out = fetched(tmp_path / "out", rows_of(2))
     with pytest.raises(ConfigError, match="filters 'best': Conversion Error"):
         select_rows(out, [step("best", top={"by": "caption", "count": 1})])
+
+
+def test_a_fraction_is_rounded_up_from_what_it_is_and_not_from_its_floating_point(tmp_path):
+    out = fetched(tmp_path / "out", rows_of(100, entropy=float))
+    for fraction, count in (
+        (0.07, 7),
+        (0.14, 14),
+        (0.28, 28),
+        (0.55, 55),
+        (0.29, 29),
+        (0.551, 56),
+        (1e-9, 1),
+        (1, 100),
+    ):
+        for operator in (
+            {"top": {"by": "entropy", "fraction": fraction}},
+            {"sample": {"fraction": fraction}},
+            {"sample": {"fraction": fraction, "per": "status"}},
+        ):
+            assert select_rows(out, [step("some", **operator)]).kept["train"] == count
 
 
 def test_a_sample_depends_on_the_seed_and_the_key_and_not_on_what_else_is_there(tmp_path):

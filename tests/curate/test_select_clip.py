@@ -54,10 +54,10 @@ def out(crawl, tmp_path):
 
 
 def embeddings(out):
-    """Row → image embedding, float64, as stored."""
+    """Row → image embedding, float64, as stored but of length 1 again."""
     tables = [pq.read_table(path) for path in sorted((out / "signals" / "clip").glob("*.parquet"))]
     by_key = {
-        key: np.array(vector, np.float64)
+        key: np.array(vector, np.float64) / np.linalg.norm(np.array(vector, np.float64))
         for table in tables
         for key, vector in zip(table["key"].to_pylist(), table["image_embedding"].to_pylist(), strict=True)
     }
@@ -267,6 +267,16 @@ def test_a_new_image_in_the_test_set_is_seen(out, held_out):
     (held_out / "four.png").write_bytes(encoded(noise(4)))
     assert select_rows(out, filters).made
     assert 4 in dropped(out, "leak")
+
+
+def test_the_same_picture_in_other_bytes_has_a_cosine_of_one(out, clip, tmp_path, monkeypatch):
+    (tmp_path / "test").mkdir()
+    for number in (3, 5, 11):
+        (tmp_path / "test" / f"{number}.bmp").write_bytes(encoded(noise(number), "BMP"))
+    monkeypatch.setattr(decontaminate, "_drop_near", lambda *_: None)  # else the hash finds them first
+    leak = step("leak", decontaminate={"against": str(tmp_path / "test"), "similarity": 1.0})
+    select_rows(out, [leak], clip=clip)
+    assert dropped(out, "leak") == dict.fromkeys((3, 5, 11), "cosine=1.0000")
 
 
 def test_of_a_test_set_in_many_blocks_the_most_similar_image_is_named(out, clip, tmp_path, monkeypatch):

@@ -102,6 +102,20 @@ def test_the_tar_has_nothing_of_this_machine_in_it_and_gnu_tar_lists_it(tmp_path
     assert len(listed.stdout.split()) == 6
 
 
+def test_numbers_that_json_does_not_have_are_null_in_it_and_stay_in_the_parquet(tmp_path):
+    schema = pa.schema(
+        {"key": pa.string(), "caption": pa.string(), "score": pa.float64(), "all": pa.list_(pa.float64())}
+    )
+    row = {"key": "0", "caption": "x", "score": float("nan"), "all": [1.5, float("-inf")]}
+    with ShardWriter(tmp_path / "00000", schema, made_from="m") as shard:
+        shard.add(row, b"image")
+    with tarfile.open(tmp_path / "00000.tar") as tar:
+        facts = json.loads(tar.extractfile("0.json").read(), parse_constant=pytest.fail)
+    assert facts == {"key": "0", "caption": "x", "score": None, "all": [1.5, None]}
+    (kept,) = pq.read_table(tmp_path / "00000.parquet").to_pylist()
+    assert (repr(kept["score"]), kept["all"]) == ("nan", row["all"])
+
+
 def test_equal_samples_give_equal_bytes(tmp_path):
     samples = [("a", b"1"), ("é", b"2" * 700), (None, None)]
     one, two = write(tmp_path / "one", samples), write(tmp_path / "two", samples)
@@ -174,6 +188,13 @@ def test_members_that_are_no_images_or_no_files_are_passed_over(tmp_path):
             member.type, member.linkname = kind, "/etc/passwd" if kind == tarfile.SYMTYPE else ""
             tar.addfile(member)
     assert [key for key, _ in tar_images(tmp_path / "a.tar")] == ["a"]
+
+
+def test_the_dots_of_folders_end_no_key(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("./1.jpg", "./v1.0/2.JPG", "3.jpg", "v1.0/4.png", "./5.thumb.jpg"):
+            tar.addfile(tarfile.TarInfo(name))
+    assert [key for key, _ in tar_images(tmp_path / "a.tar")] == ["1", "v1.0/2", "3", "v1.0/4"]
 
 
 @pytest.fixture
