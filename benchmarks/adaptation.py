@@ -104,14 +104,14 @@ def split() -> None:
             folder = WORK / "val_digits" / digit
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, folder)
-    with (WORK / "train.csv").open("w", newline="") as file:
-        writer = csv.writer(file, delimiter="\t")
+    with (WORK / "train.csv").open("w", newline="") as table:
+        writer = csv.writer(table, delimiter="\t")
         writer.writerows([("filepath", "title"), *_extract("train", WORK / "train").items()])
 
 
 def _extract(split: str, folder: Path) -> dict[Path, str]:
     """The images of a split as files, with their captions."""
-    found = {}
+    found: dict[Path, str] = {}
     for shard in sorted((DATASET / "shards").glob(f"{split}-*.tar")):
         with tarfile.open(shard) as tar:
             tar.extractall(folder, filter="data")

@@ -193,7 +193,7 @@ def benchmark(given: argparse.Namespace, **options: Any) -> Iterator[Setting]:
 
 def start(setting: Setting) -> None:
     """Train the CLIP of the general web, which then curates and is adapted; write what it is tested on."""
-    world = {"drawings": DRAWINGS, "epochs": EPOCHS, "food": setting.food, "other": setting.other}
+    world: dict[str, Any] = {"drawings": DRAWINGS, "epochs": EPOCHS, "food": setting.food, "other": setting.other}
     setting.work.mkdir(parents=True, exist_ok=True)
     quality.train_clip(quality.Setting(setting.work, **world))
     for number, pair in enumerate(pairs(setting.food, TESTS * len(setting.food), seed=300)):

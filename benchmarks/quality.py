@@ -37,8 +37,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from demo.junk import HOSTS
 from demo.mix import FOOD, OTHER, Mix, Pair, jpeg, make_mix, pairs
-from demo.web import HOSTS, Web, serving
+from demo.web import Web, serving
 
 RECIPE = REPOSITORY / "configs" / "curate" / "domain.yaml"
 # Of the trusted pairs, the share that may fall below a threshold.
@@ -80,7 +81,7 @@ def main() -> None:
         setting = Setting(given.work or Path(temporary), scale=0.5 if given.quick else 1.0)
         train_clip(setting)
         print(f"a CLIP from scratch: {(setting.work / 'clip_seconds').read_text()} s", flush=True)
-        runs = {}
+        runs: dict[int, Any] = {}
         for seed in given.seeds[:1] if given.quick else given.seeds:
             runs[seed] = run_mix(setting, seed, again=not runs)
             print_table(seed, runs[seed])

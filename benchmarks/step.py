@@ -193,7 +193,10 @@ def open_clip_train(_: str, precision: str, name: str, batch: int, steps: int) -
     named = list(model.named_parameters())
     plain = [p for n, p in named if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n or "logit_scale" in n]
     kept = {id(p) for p in plain}
-    groups = [{"params": plain, "weight_decay": 0.0}, {"params": [p for _, p in named if id(p) not in kept]}]
+    groups: list[dict[str, Any]] = [
+        {"params": plain, "weight_decay": 0.0},
+        {"params": [p for _, p in named if id(p) not in kept]},
+    ]
     optimizer = optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
     clock = Clock()
 
@@ -220,7 +223,10 @@ def open_clip_train(_: str, precision: str, name: str, batch: int, steps: int) -
 def _module(kind: str, name: str) -> Any:
     from finetune.module import CLIPModule
 
-    adapters = {"lora": {"kind": "lora", "rank": 8}, "lit": {"kind": "full", "lock": ["image"]}}
+    adapters: dict[str, dict[str, Any]] = {
+        "lora": {"kind": "lora", "rank": 8},
+        "lit": {"kind": "full", "lock": ["image"]},
+    }
     return CLIPModule({"name": name, "pretrained": None}, adapters.get(kind, {"kind": "full"}))
 
 
@@ -256,8 +262,9 @@ def finetune(kind: str, precision: str, name: str, batch: int, steps: int) -> Cl
         def on_train_batch_end(self, *_: Any) -> None:
             clock.step()
 
+    as_lightning_names_it: Any = precision
     trainer = lightning.Trainer(
-        accelerator="cpu", precision=precision, max_steps=steps, callbacks=[Ticks()], logger=False,
+        accelerator="cpu", precision=as_lightning_names_it, max_steps=steps, callbacks=[Ticks()], logger=False,
         gradient_clip_val=1.0, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))  # type: ignore[arg-type]

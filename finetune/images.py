@@ -13,6 +13,9 @@ from curate.errors import InputError
 from curate.index import MemberReader
 from curate.shards import IMAGE_EXTENSIONS
 
+UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, Image.DecompressionBombError)
+"""What Pillow and the decoders under it raise for bytes that are no whole image."""
+
 
 class Images(Protocol):
     """Images that can be opened by number."""
@@ -20,6 +23,11 @@ class Images(Protocol):
     @property
     def names(self) -> list[str]:
         """What each is called: the same for the same images, wherever they lie."""
+        ...
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each, as far as that is known: another image has another size, almost always."""
         ...
 
     def __len__(self) -> int: ...
@@ -41,7 +49,7 @@ def decode(content: bytes, where: str) -> Image.Image:
     """
     try:
         return Image.open(io.BytesIO(content)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         # PIL's own words for bytes of no format are the address of our buffer.
         reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
         raise InputError(f"{where}: not a readable image ({reason}); remove it or build the dataset again") from error
@@ -58,6 +66,11 @@ class TarImages:
     def names(self) -> list[str]:
         """The keys of the samples."""
         return [place[3] for place in self.places]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each."""
+        return [place[2] for place in self.places]
 
     def __len__(self) -> int:
         return len(self.places)
@@ -79,6 +92,11 @@ class FileImages:
         """The names of the files, without their folders."""
         return [path.name for path in self.paths]
 
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each; -1 of one that is not there, which is told when it is opened."""
+        return [path.stat().st_size if path.exists() else -1 for path in self.paths]
+
     def __len__(self) -> int:
         return len(self.paths)
 
@@ -97,5 +115,6 @@ def image_files(folder: Path) -> list[Path]:
         path
         for path in folder.rglob("*")
         if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
+        and not path.is_dir()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )

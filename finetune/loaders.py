@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +13,63 @@ from torch.utils.data import DataLoader
 
 from curate.cache import ReadAhead
 from curate.errors import CliptailorError, InputError
+from curate.remote import far
+from finetune.checkpoints import of_all_ranks
 from finetune.reading import Batch, OneTower, PairDataset
 from finetune.schedule import Draw, Origin, Schedule
 
 logger = logging.getLogger("cliptailor")
+
+_AHEAD = 4  # tars of a validation that are here or on their way
 
 
 def _same(batch: Any) -> Any:
     return batch
 
 
+@dataclass
+class BrokenCount:
+    """Samples that could not be read.
+
+    Attributes:
+        most: as many may be; one more ends the run.
+        number: so far.
+    """
+
+    most: float = 0
+    number: int = 0
+
+    def add(self, reason: str) -> None:
+        """Count one more.
+
+        Raises:
+            InputError: it is one too many.
+        """
+        self.number += 1
+        if self.number > self.most:
+            more = f"; it is number {self.number:,} in an epoch, more than data.max_broken allows" if self.most else ""
+            raise InputError(f"{reason}{more}; build or copy the dataset again")
+
+
 def load(
-    dataset: PairDataset | OneTower, batches: Iterable[Sequence[Draw]], num_workers: int, most_broken: float = 0
+    dataset: PairDataset | OneTower,
+    batches: Iterable[Sequence[Draw]],
+    num_workers: int,
+    broken: BrokenCount | None = None,
 ) -> Iterator[Any]:
     """Yield each batch, decoded in worker processes.
 
+    Args:
+        dataset: gives them.
+        batches: of which samples.
+        num_workers: processes that decode; 0: this one does.
+        broken: counts what cannot be read; None: nothing may be.
+
     Raises:
-        InputError: more images than `most_broken` cannot be read.
+        InputError: more images than may be cannot be read.
         Outage: a file far away cannot be fetched.
     """
+    broken = broken or BrokenCount()
     loader = DataLoader(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of index lists will do
@@ -39,23 +78,26 @@ def load(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else each start of the loader would draw from the global one
     )
-    num_broken = 0
     for read in loader:
         if isinstance(read, CliptailorError):
             raise read
         for row, reason in read.broken:
-            num_broken += 1
-            if num_broken > most_broken:
-                more = (
-                    f"; it is number {num_broken:,} in an epoch, more than data.max_broken allows"
-                    if most_broken
-                    else ""
-                )
-                raise InputError(f"{reason}{more}; build or copy the dataset again")
+            broken.add(reason)
             if row not in dataset.named:
                 dataset.named.add(row)
-                logger.warning("data    %s; another sample stands in for it (%s so far)", reason, f"{num_broken:,}")
+                logger.warning("data    %s; another sample stands in for it (%s so far)", reason, f"{broken.number:,}")
         yield read.batch
+
+
+def _fetched_ahead(batches: Iterable[tuple[Sequence[Path], Sequence[Draw]]]) -> Iterator[Sequence[Draw]]:
+    """The batches, as they are asked for; the files beside each are fetched meanwhile, for it and those behind it."""
+    ahead = ReadAhead()  # its threads begin when the processes of the loader are there
+    try:
+        for files, batch in batches:
+            ahead.want(files)
+            yield batch
+    finally:
+        ahead.close()
 
 
 class TrainingLoader:
@@ -70,7 +112,7 @@ class TrainingLoader:
         num_workers: processes that decode.
         made_from: changes with the samples and the seed.
         max_broken: share of an epoch's samples that may be unreadable.
-        needs: the files far away that are needed at a place of an epoch, or soon after; None: none is far away.
+        needs: the files far away that are needed for a batch of an epoch, or soon after; None: none is far away.
         passes_over: states of other samples, instead of refusing them.
     """
 
@@ -82,43 +124,39 @@ class TrainingLoader:
         made_from: str,
         max_broken: float = 0.0,
         *,
-        needs: Callable[[int, int], Sequence[Path]] | None = None,
+        needs: Callable[[Schedule, int, int], Sequence[Path]] | None = None,
         passes_over: bool = False,
     ) -> None:
         self.dataset, self.schedule, self.num_workers, self.made_from = dataset, schedule, num_workers, made_from
         self.max_broken, self.needs, self.passes_over = max_broken, needs, passes_over
-        self.epoch = self.next_batch = 0
+        self.epoch = self.next_batch = self.num_broken = 0
 
     def __len__(self) -> int:
         return self.schedule.batches(self.epoch)
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, first = self.epoch, self.next_batch
-        draws = self._draws(epoch, first)
-        most_broken = self.max_broken * self.schedule.batch_size * len(self)
-        for number, batch in enumerate(load(self.dataset, draws, self.num_workers, most_broken), start=first + 1):
+        broken = BrokenCount(self.max_broken * self.schedule.batch_size * len(self), self.num_broken)
+        batches = load(self.dataset, self._draws(epoch, first), self.num_workers, broken)
+        for number, batch in enumerate(batches, start=first + 1):
             # Before it is handed out: a checkpoint taken while it is in use counts it as seen.
             self.epoch, self.next_batch = self.schedule.after(epoch, number)
+            self.num_broken = broken.number if self.epoch == epoch else 0
             yield batch
 
-    def _draws(self, epoch: int, first: int) -> Iterator[list[Draw]]:
+    def _draws(self, epoch: int, first: int) -> Iterator[Sequence[Draw]]:
         """The batches of the rest of an epoch, as they are asked for; what is far away is fetched ahead of them."""
-        if self.needs is None:
-            yield from (self.schedule.batch(epoch, number) for number in range(first, len(self)))
-            return
-        ahead = ReadAhead()  # its threads begin when the processes of the loader are there
-        try:
-            for number in range(first, len(self)):
-                ahead.want(self.needs(epoch, self.schedule.seen(epoch, number)))
-                yield self.schedule.batch(epoch, number)
-        finally:
-            ahead.close()
+        schedule, needs, numbers = self.schedule, self.needs, range(first, len(self))
+        if needs is None:
+            return (schedule.batch(epoch, number) for number in numbers)
+        return _fetched_ahead((needs(schedule, epoch, number), schedule.batch(epoch, number)) for number in numbers)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where to go on, in which data, and in batches of what size the place is told."""
+        """Where to go on, in which data, and in batches of what size the place is told; what each rank found broken."""
         return {
             "epoch": self.epoch,
             "next_batch": self.next_batch,
+            "num_broken": of_all_ranks(self.num_broken),
             "since": list(self.schedule.since),
             "manner": self.schedule.manner,
             "made_from": self.made_from,
@@ -136,8 +174,11 @@ class TrainingLoader:
             raise InputError(
                 "the checkpoint was made with other training samples or another seed: its position means nothing here"
             )
+        is_as_it_was = state["manner"] == self.schedule.manner
         self.schedule = going_on(self.schedule, state)
         self.epoch, self.next_batch = state["epoch"], state["next_batch"]
+        # In other batches, or on other ranks, what may be broken is counted anew. Older checkpoints have no count.
+        self.num_broken = state["num_broken"][self.schedule.rank] if is_as_it_was and "num_broken" in state else 0
 
 
 def going_on(schedule: Schedule, state: dict[str, Any]) -> Schedule:
@@ -155,4 +196,9 @@ class ValidationLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        return load(self.dataset, self.batches, self.num_workers)
+        index = self.dataset.index
+        if not any(map(far, index.tars)):
+            return load(self.dataset, self.batches, self.num_workers)
+        number_N = index.table["tar"].to_numpy()
+        needed = (index.tars[number_N[batch[0].row] :][:_AHEAD] for batch in self.batches)
+        return load(self.dataset, _fetched_ahead(zip(needed, self.batches, strict=True)), self.num_workers)

@@ -7,14 +7,13 @@ Axes: B samples, H W pixels, L tokens, D width, G ids per sample.
 
 from __future__ import annotations
 
-import itertools
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
@@ -22,13 +21,16 @@ from torch.utils.data import Dataset
 
 from curate.errors import CliptailorError, InputError
 from curate.index import Facts, MemberReader, SampleIndex
+from curate.remote import far
 from finetune.captions import CachedTokenizer, content_hash
 from finetune.features import UNREAD, Features
+from finetune.images import UNREADABLE
 from finetune.packing import Packer
-from finetune.pixels import UNREADABLE, EvaluationView, TrainingView
+from finetune.pixels import EvaluationView, Pixels, TrainingView, shared_room
 from finetune.schedule import Draw
 from finetune.sources import drawn_caption
 from finetune.trimming import Trim
+from finetune.windows import run_borders
 
 Batch = dict[str, Any]
 """pixels (B, 3, H, W), uint8, or float32 if normalised; tokens (B, L) int64; group (B, G) int64, for
@@ -37,7 +39,9 @@ In place of pixels, or of tokens, image or text (B, D), the embeddings of a lock
 
 # The stream of random numbers of what stands in for a sample is apart from those of its crop and caption.
 _OF_STAND_INS = 3
-_ATTEMPTS = 20  # to find one that can be read
+_ATTEMPTS, _IN_ITS_TAR = 20, 10  # to find one that can be read; the first of them in a tar far away that is here
+_AT_ONCE = 64  # images whose files are in memory at a time
+_WHOLE, _HASHED = 16 << 10, 16  # of larger files one byte of so many makes the id: compressed, they differ all over
 
 
 class Broken(NamedTuple):
@@ -52,13 +56,6 @@ class Read(NamedTuple):
 
     batch: Any
     broken: list[Broken]
-
-
-def _stacked(pixels: Sequence[Tensor]) -> Tensor:
-    """(B, 3, H, W), with the channels last in memory where they are last in what is stacked."""
-    if pixels[0].is_contiguous():
-        return torch.stack([*pixels])
-    return torch.stack([each.permute(1, 2, 0) for each in pixels]).permute(0, 3, 1, 2)
 
 
 @dataclass
@@ -90,9 +87,6 @@ class PairDataset(Dataset[Read]):
         self._facts, self._sources = Facts(self.index, self.reader), self.index.table["source"]
         phrasings = max((len(each) for each in self.templates), default=0) or 1
         self._tokenize = CachedTokenizer(self.tokenizer, len(self.index) * phrasings)
-        # Where each source begins, and the last ends: their rows lie side by side.
-        runs = pc.run_end_encode(self._sources.combine_chunks())
-        self._borders = np.concatenate([[0], runs.run_ends.to_numpy()])
 
     def __len__(self) -> int:
         return len(self.index)
@@ -103,10 +97,10 @@ class PairDataset(Dataset[Read]):
         try:
             read, images, shown = self.images(draws, broken)
             texts, said = self.texts(read)
+            rows = [draw.row for draw in read]
+            group = torch.tensor([*zip(said, map(self._duplicates, rows), shown, strict=True)])
         except CliptailorError as error:
             return error
-        rows = [draw.row for draw in read]
-        group = torch.tensor([*zip(said, map(self._duplicates, rows), shown, strict=True)])
         return Read({**images, **texts, "group": group, "row": torch.tensor(rows)}, broken)
 
     def images(self, draws: Sequence[Draw], broken: list[Broken]) -> tuple[list[Draw], Batch, list[int]]:
@@ -119,8 +113,17 @@ class PairDataset(Dataset[Read]):
         Raises:
             InputError: nothing readable is found to stand in for one.
         """
-        read, seen, ids = zip(*(self._readable(draw, broken) for draw in draws), strict=True)
-        return list(read), {"image" if self.keeps("image") else "pixels": _stacked(seen)}, list(ids)
+        kept = self.cached if self.keeps("image") else None
+        room = shared_room((len(draws), kept.width), torch.float32) if kept else self.view.room(len(draws))
+        read: list[Draw] = []
+        ids: list[int] = []
+        for start in range(0, len(draws), _AT_ONCE):
+            some, slots = draws[start : start + _AT_ONCE], room[start : start + _AT_ONCE]
+            for draw, slot, found in zip(some, slots, self._seen(some, slots), strict=True):
+                other, image = self._stand_in(draw, slot, found, broken) if isinstance(found, Broken) else (draw, found)
+                read.append(other)
+                ids.append(image)
+        return read, {"image" if kept else "pixels": room}, ids
 
     def texts(self, draws: Sequence[Draw]) -> tuple[Batch, list[int]]:
         """What is said of samples, and an id of each text, as the text tower reads it."""
@@ -141,44 +144,76 @@ class PairDataset(Dataset[Read]):
         templates = self.templates[source] if source is not None and self.templates else ()
         return drawn_caption(self._facts.captions(draw.row), templates, (self.seed, draw.turn, draw.row))
 
-    def _readable(self, draw: Draw, broken: list[Broken]) -> tuple[Draw, Tensor, int]:
-        """This sample or one that stands in for it, what is seen of it and the id of its image; adds what is broken."""
-        stand_ins = (self._stand_in(draw, attempt) for attempt in range(_ATTEMPTS))
-        for row in itertools.chain([draw.row], stand_ins):
-            stand_in = Draw(row, draw.turn)
-            found = self._kept(stand_in) if self.keeps("image") else self._pixels(stand_in)
-            if not isinstance(found, Broken):
-                return stand_in, *found
+    def _stand_in(self, draw: Draw, slot: Tensor, found: Broken, broken: list[Broken]) -> tuple[Draw, int]:
+        """Any sample of the same source that can be read, and the id of its image; if need not, no other tar's."""
+        is_far = far(self.index.tars[self._facts.place(draw.row)[0]]) is not None
+        for attempt in range(_ATTEMPTS):
             broken.append(found)
-        raise InputError(f"{broken[-1].reason}; nor can any other of {_ATTEMPTS}; build or copy the dataset again")
+            random = np.random.default_rng((self.seed, draw.turn, draw.row, _OF_STAND_INS, attempt))
+            borders = self._tars_at if is_far and attempt < _IN_ITS_TAR else self._sources_at
+            number = int(np.searchsorted(borders, draw.row, side="right"))
+            other = Draw(int(random.integers(*borders[number - 1 : number + 1])), draw.turn)
+            (seen,) = self._seen([other], slot[None])
+            if not isinstance(seen, Broken):
+                return other, seen
+            found = seen
+        broken.append(found)
+        raise InputError(f"{found.reason}; nor can any other of {_ATTEMPTS}; build or copy the dataset again")
 
-    def _stand_in(self, draw: Draw, attempt: int) -> int:
-        """Any row of the same source."""
-        source = int(np.searchsorted(self._borders, draw.row, side="right"))
-        random = np.random.default_rng((self.seed, draw.turn, draw.row, _OF_STAND_INS, attempt))
-        return int(random.integers(*self._borders[source - 1 : source + 1]))
+    # Looked for when the first sample cannot be read: most datasets have none, and may have a hundred million rows.
 
-    def _pixels(self, draw: Draw) -> tuple[Tensor, int] | Broken:
-        """What the CLIP sees, and an id of the stored image: one that is there twice is a positive of both captions."""
-        tar, offset, size = self._facts.place(draw.row)
+    @cached_property
+    def _sources_at(self) -> np.ndarray:
+        return run_borders(self._sources)
+
+    @cached_property
+    def _tars_at(self) -> np.ndarray:
+        return run_borders(self.index.table["tar"])
+
+    def _seen(self, draws: Sequence[Draw], room: Tensor) -> list[int | Broken]:
+        """Put what the CLIP sees of each into its place of `room`; an id of each stored image, or why there is none.
+
+        An image that is there twice has one id: it is a positive of both captions.
+        """
+        if self.cached and self.keeps("image"):
+            embeddings, ids = self.cached.read([draw.row for draw in draws])
+            room.copy_(embeddings)
+            return [self._broken(draw) if id_ == UNREAD else id_ for draw, id_ in zip(draws, ids, strict=True)]
+        # All are opened before the first is decoded: in turn, the decoder and Python would drive each other's code and
+        # tables out of the processor's caches, which takes a twentieth of the decoder's time.
+        contents = [self._content(draw) for draw in draws]
+        views = [self._prepared(*each) for each in zip(draws, contents, strict=True)]
+        return [self._decoded(*each) for each in zip(draws, views, room, strict=True)]
+
+    def _content(self, draw: Draw) -> bytes | Broken:
         try:
-            content = self.reader.read(tar, offset, size)
-            pixels = self.view(content, (self.seed, draw.turn, draw.row))
-        except (*UNREADABLE, InputError) as error:
-            # PIL's own words for bytes of no format are the address of our buffer.
-            why = "of no known format" if isinstance(error, UnidentifiedImageError) else error
-            sample = f"{self.index.tars[tar]}: sample {self._facts.key(draw.row)}"
-            return Broken(draw.row, f"{sample}: the image cannot be decoded ({why})")
-        return pixels, len(content) << 32 | zlib.crc32(content)
+            return self.reader.read(*self._facts.place(draw.row))
+        except (OSError, InputError) as error:
+            return self._broken(draw, error)
 
-    def _kept(self, draw: Draw) -> tuple[Tensor, int] | Broken:
-        """Its embedding in place of its pixels."""
-        assert self.cached is not None
-        embedding, (image,) = self.cached.read([draw.row])
-        if image == UNREAD:
-            tar, _, _ = self._facts.place(draw.row)
-            return Broken(draw.row, f"{self.index.tars[tar]}: sample {self._facts.key(draw.row)} could not be decoded")
-        return embedding[0], image
+    def _prepared(self, draw: Draw, content: bytes | Broken) -> tuple[Pixels, int] | Broken:
+        """What writes its pixels, and the id of its image."""
+        if isinstance(content, Broken):
+            return content
+        image = len(content) << 32 | zlib.crc32(content if len(content) < _WHOLE else content[::_HASHED])
+        return self.view.prepare(content, (self.seed, draw.turn, draw.row)), image
+
+    def _decoded(self, draw: Draw, view: tuple[Pixels, int] | Broken, slot: Tensor) -> int | Broken:
+        if isinstance(view, Broken):
+            return view
+        pixels, image = view
+        try:
+            pixels(slot)
+        except UNREADABLE as error:
+            return self._broken(draw, error)
+        return image
+
+    def _broken(self, draw: Draw, error: Exception | None = None) -> Broken:
+        tar, _, _ = self._facts.place(draw.row)
+        # PIL's own words for bytes of no format are the address of our buffer.
+        why = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        reason = f"the image cannot be decoded{f' ({why})' if why else ''}"
+        return Broken(draw.row, f"{self.index.tars[tar]}: sample {self._facts.key(draw.row)}: {reason}")
 
     def _duplicates(self, row: int) -> int:
         """An id of the duplicates that a sample belongs to."""

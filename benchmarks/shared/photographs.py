@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -49,7 +50,7 @@ def cut(random: np.random.Generator, size: tuple[int, int]) -> Cut:
     """Most of one of the two, mirrored or not, scaled to its width and height."""
     width, height = size
     number, side = int(random.integers(2)), int(random.choice((1, -1)))
-    photo = _photos()[number][:, ::side]
+    photo: Any = _photos()[number][:, ::side]
     enlarged = float(random.uniform(1.0, MOST_ENLARGED))
     scale = max(width / photo.shape[1], height / photo.shape[0]) * enlarged
     filter_ = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
