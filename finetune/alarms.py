@@ -1,7 +1,7 @@
 """What is wrong with a training run while it is: numbers that are none any more, embeddings that fall together.
 
-Both are looked at every few steps and before a checkpoint, since to look makes a GPU wait; a checkpoint therefore never
-holds weights that are no numbers, and what went wrong did so at most `every_n_steps` steps before it is told.
+Both are looked at every few steps, since to look makes a GPU wait, the weights before each checkpoint too; it therefore
+never holds weights that are no numbers, and what went wrong did so at most `every_n_steps` steps before it is told.
 
 Letters: B pairs of the batch, D width of the embeddings.
 """
@@ -62,11 +62,10 @@ class Alarms(lightning.Callback):
 
     Args:
         every_n_steps: how often it looks.
-        save_every_n_steps: how often a checkpoint is saved.
     """
 
-    def __init__(self, every_n_steps: int, save_every_n_steps: int) -> None:
-        self.every_n_steps, self.save_every_n_steps = every_n_steps, save_every_n_steps
+    def __init__(self, every_n_steps: int) -> None:
+        self.every_n_steps = every_n_steps
         self.start: dict[str, float] = {}  # effective ranks
         self.warned: list[str] = []
 
@@ -78,9 +77,9 @@ class Alarms(lightning.Callback):
         """
         module, outputs, _, _ = arguments
         step = trainer.global_step
-        if step % self.every_n_steps and step % self.save_every_n_steps and not trainer.is_last_batch:
+        if step % self.every_n_steps and not trainer.is_last_batch:
             return
-        check_finite(module, outputs["loss"], step, trainer)
+        check_finite(module, trainer, outputs["loss"])
         if step % self.every_n_steps == 0:
             for tower, embeddings in zip(("image", "text"), outputs["embeddings"], strict=True):
                 found = spread(embeddings)
@@ -106,6 +105,15 @@ class Alarms(lightning.Callback):
             *(step, tower, found.distance, found.rank, began),
         )
 
+    def on_save_checkpoint(self, trainer: lightning.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Look at the weights, whoever saves them, and when.
+
+        Raises:
+            Diverged: one is no number.
+        """
+        del checkpoint
+        check_finite(pl_module, trainer)
+
     def state_dict(self) -> dict[str, Any]:
         """Kept in each checkpoint."""
         return {"start": self.start, "warned": self.warned}
@@ -115,19 +123,21 @@ class Alarms(lightning.Callback):
         self.start, self.warned = state_dict["start"], state_dict["warned"]
 
 
-def check_finite(module: Any, loss: Tensor, step: int, trainer: lightning.Trainer) -> None:
-    """Check the loss of the step just made, and the weights that it left.
+def check_finite(module: Any, trainer: lightning.Trainer, loss: Tensor | None = None) -> None:
+    """Check the weights that the last step left, and its loss.
 
     Raises:
         Diverged: one is no number; says which, and why that may be.
     """
     weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
     norms = torch.stack([*map(_whole, torch._foreach_norm(weights))])
-    sound = torch.isfinite(norms).all() & torch.isfinite(loss)
+    sound = torch.isfinite(norms).all()
+    if loss is not None:
+        sound &= torch.isfinite(loss)
     if trainer.strategy.reduce_boolean_decision(bool(sound), all=True):
         return
     lost = [name for name, _ in _not_finite(module.model)]
-    towers = sorted({tower_of(name) or name for name in lost})
+    towers, step = sorted({tower_of(name) or name for name in lost}), trainer.global_step
     what = f"weights ({', '.join(towers)})" if lost else "train/loss"
     raise Diverged(
         f"step {step}: no numbers any more: {what}. {_cause(trainer, module)}; then start with --restart (such weights "

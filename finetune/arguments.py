@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from curate.errors import ConfigError
+from curate.files import check_writable
 from curate.keys import shown
 from finetune.config import ClipConfig, EvaluateConfig, ProbeConfig, RobustnessConfig
 
@@ -67,8 +68,8 @@ class PredictOptions:
     """A CLIP, and what is asked of it; images, texts and templates are further flags."""
 
     model: str
-    """OpenAI's name (ViT-B/32), ARCHITECTURE/TAG of open_clip, a file of OpenAI's, a folder of open_clip or
-    transformers, an id of the hub (ORG/NAME), a run, or one of its checkpoints."""
+    """OpenAI's name (ViT-B/32), ARCHITECTURE/TAG of open_clip or ARCHITECTURE/FILE, a file of OpenAI's, a folder of
+    open_clip or transformers, an id of the hub (ORG/NAME), a run, or one of its checkpoints."""
     dataset: Path | None = None
     """Search in this dataset, or folder of images, by --text or by --images."""
     out: Path | None = None
@@ -114,8 +115,10 @@ def check_files(options: EvaluateOptions) -> None:
     """
     if options.batch_size < 1:
         raise ConfigError(f"batch_size: expected at least 1, got {options.batch_size}")
-    _check_ending("out", options.out, (".md", ".csv", ".json"))
-    _check_ending("plot", options.plot, (".html",))
+    if options.evaluate.max_retrieval < 2:
+        raise ConfigError(f"evaluate.max_retrieval: expected at least 2, got {options.evaluate.max_retrieval}")
+    _check_file("out", options.out, (".md", ".csv", ".json"))
+    _check_file("plot", options.plot, (".html",))
 
 
 def check_predict(
@@ -147,10 +150,15 @@ def check_predict(
         raise ConfigError(
             f"templates: {shown(wrong[0])} needs exactly one {{}}, where the text goes; or `imagenet` alone"
         )
-    _check_ending("embeddings", options.embeddings, (".parquet",))
-    _check_ending("out", options.out, (".html",) if options.dataset else (".csv", ".parquet"))
+    _check_file("embeddings", options.embeddings, (".parquet",))
+    _check_file("out", options.out, (".html",) if options.dataset else (".csv", ".parquet"))
 
 
-def _check_ending(key: str, path: Path | None, endings: tuple[str, ...]) -> None:
-    if path and path.suffix not in endings:
+def _check_file(key: str, path: Path | None, endings: tuple[str, ...]) -> None:
+    if not path:
+        return
+    if path.suffix not in endings:
         raise ConfigError(f"{key}: expected a file that ends in {' or '.join(endings)}, got {path}")
+    if path.is_dir():
+        raise ConfigError(f"{key}: {path} is a folder; expected a file")
+    check_writable(key, path.parent)

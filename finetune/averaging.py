@@ -17,4 +17,5 @@ class MovingAverage(WeightAveraging):
 
     def __init__(self, decay: float) -> None:
         # In one go, and exact for what does not move: a frozen weight stays what it is, to the bit.
-        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+        # Buffers are copied: the -inf of a causal mask has no average.
+        super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))

@@ -49,6 +49,8 @@ def calibrated(logit_NC: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
 
     It is fitted on the even samples for the odd ones, and the other way round.
     """
+    if logit_NC.device.type == "mps":  # which has no float64
+        logit_NC, label_N = logit_NC.cpu(), label_N.cpu()
     even_N = torch.arange(len(label_N), device=label_N.device) % 2 == 0
     if len(label_N) < 2:
         return logit_NC.double().softmax(1)

@@ -44,9 +44,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         del storage_options
         path = Path(path)
         with atomic(path) as temporary:
-            torch.save(checkpoint, temporary)
+            write_checkpoint(checkpoint, temporary)
             if path.name == LAST and path.exists():
                 _keep(path, path.with_name(PREVIOUS))
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """`torch.save` that says what was wrong: after a failed write torch fails to close its archive, and says only that.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(checkpoint, file)
+    except RuntimeError as error:
+        if isinstance(failed := error.__context__, OSError):
+            raise OSError(failed.errno, failed.strerror, str(path)) from None
+        raise
 
 
 def _keep(path: Path, kept: Path) -> None:
@@ -94,12 +109,7 @@ class RandomState(lightning.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The random states of all ranks, in plain numbers, which load safely and travel between processes."""
-        mine = random_state()
-        if not (dist.is_available() and dist.is_initialized()):
-            return {"ranks": [mine]}
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, mine)
-        return {"ranks": ranks}
+        return {"ranks": of_all_ranks(random_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep it until training really goes on."""
@@ -110,6 +120,15 @@ class RandomState(lightning.Callback):
         if trainer.global_rank < len(self._to_restore):
             set_random_state(self._to_restore[trainer.global_rank])
         self._to_restore = []
+
+
+def of_all_ranks(mine: Any) -> list[Any]:
+    """What each rank keeps in a checkpoint, which is one for all; all must ask."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [mine]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    return every
 
 
 def random_state() -> dict[str, Any]:
@@ -229,7 +248,6 @@ class KeepLast(Checkpoint):
     def __init__(self, folder: Path, every_n_steps: int) -> None:
         self.path, self.every_n_steps = folder / LAST, every_n_steps
         self._waits = False  # for the end of a batch
-        self._stops = False  # here
         self._signal = 0
         self._handlers: dict[int, Any] = {}
 
@@ -255,7 +273,7 @@ class KeepLast(Checkpoint):
         return bool(self._signal)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        """Save where it is time or the process is to stop."""
+        """Save where it is time or the process is to stop, and then stop."""
         asked = self._asked(trainer)
         if _in_mid_step(trainer):
             return
@@ -263,12 +281,8 @@ class KeepLast(Checkpoint):
             # Lightning does it after this, and a run killed in between would go on without the step's row.
             trainer._logger_connector.update_train_step_metrics()
             self.save(trainer)
-            self._stops = asked
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Stop here, not after the step: what it measured has been logged by now."""
-        if self._stops:
-            raise Interrupted(128 + self._signal)
+            if asked:
+                raise Interrupted(128 + self._signal)
 
     def on_validation_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         """Stop if the process is to; behind the last batch sets are evaluated, and a signal need not wait."""
@@ -307,5 +321,7 @@ def _in_mid_step(trainer: lightning.Trainer) -> bool:
 def _validation_follows(trainer: lightning.Trainer) -> bool:
     if trainer.is_last_batch:
         return True
+    if trainer.val_dataloaders is not None and not sum(trainer.num_val_batches):
+        return False  # Lightning says that one is due, and then there is nothing to validate on
     loop = trainer.fit_loop
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]

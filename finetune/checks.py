@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from curate.errors import ConfigError, InputError, did_you_mean
+from curate.files import check_writable
 from curate.remote import address, shown
 from curate.shards import SPLITS, shard_folder, shards_of
 from finetune.config import (
@@ -45,14 +46,13 @@ def check(config: FitConfig) -> None:
         ConfigError: one line, beginning with the key.
     """
     _check_bounds(config)
+    check_writable("out", config.out)
     _check_trainer(config.trainer)
     _check_sharding(config)
     _check_clip(config.model.clip)
     _check_data(config)
     _check_evaluation(config.evaluate)
     _check_monitor(config)
-    if config.out.exists() and not config.out.is_dir():
-        raise ConfigError(f"out: {config.out} is a file; expected a folder for the run")
 
 
 def check_start(out: Path, ckpt_path: str | None, *, restart: bool) -> None:
@@ -280,6 +280,8 @@ def _there(key: str, path: Path, expected: str) -> None:
     if address(path):
         shard_folder(path)  # tells what is wrong with it
         return
+    if path.suffix == ".tar" and not path.is_dir():  # also webdataset's {00000..00009}.tar
+        raise ConfigError(f"{key}: {path}: tars are read as a whole folder; give {path.parent}/")
     if not path.exists():
         raise ConfigError(f"{key}: {path}: no such {'folder' if not path.suffix else 'file'}; expected {expected}")
     if path.is_dir() and not any(path.iterdir()):

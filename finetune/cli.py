@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import select
+import signal
 import sys
 from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from curate.errors import CliptailorError, ConfigError
+from curate.errors import CliptailorError, ConfigError, told
 from curate.options import add_config, as_config, located, new_parser, parse, with_presets
 from finetune.arguments import (
     EvaluateOptions,
@@ -30,6 +33,7 @@ from finetune.arguments import (
 )
 from finetune.checks import check, check_probes, check_robustness, check_start
 from finetune.config import ClipConfig, FitConfig
+from finetune.libraries import import_libraries
 
 if TYPE_CHECKING:
     from curate.clip import Clip
@@ -169,6 +173,9 @@ def fit(options: Namespace) -> None:
     check(config)
     restart, ckpt_path = options.get("restart", False), options.get("ckpt_path")
     check_start(config.out, ckpt_path, restart=restart)
+    import_libraries(
+        "torch", "lightning.pytorch", "open_clip", *(["peft"] if config.model.adapter.kind == "lora" else [])
+    )
     if options.get("dry_run"):
         from finetune.fit import plan
         from finetune.plan import tell
@@ -191,7 +198,11 @@ def fit(options: Namespace) -> None:
         return
     from finetune.tables import change_table, show
 
-    show(change_table(json.loads((config.out / "evaluation.json").read_text(encoding="utf-8"))))
+    evaluation = json.loads((config.out / "evaluation.json").read_text(encoding="utf-8"))
+    if evaluation["after"]:
+        show(change_table(evaluation))
+    else:
+        print("nothing was measured: there is no val split, and `evaluate` names no set")
     print(f"report: {report.run(config.out)}")
     print(f"export: finetune export --run {config.out} --to open_clip --out FOLDER")
 
@@ -199,6 +210,7 @@ def fit(options: Namespace) -> None:
 def summary(options: Namespace) -> None:
     """Parts, parameters, GFLOPs and what each group gets."""
     config = as_config(options, FitConfig)
+    import_libraries("torch", "lightning.pytorch", "open_clip")
     from finetune.summary import summarise, tables
     from finetune.tables import show
 
@@ -226,6 +238,7 @@ def _figures_of_run(options: FiguresOptions, split: str, *, as_json: bool) -> No
 
     config = run_config(options.run)
     sets = dataset_sets(config.evaluate, config.data.dataset, split)
+    import_libraries("torch", "open_clip")
     clip = load_trained_clip(checkpoint_of(options.run, options.checkpoint), options.device)
     figures = _evaluation(clip, sets, config.data.eval_batch_size).summary()
     _show_figures({str(options.run): figures}, as_json=as_json)
@@ -233,13 +246,16 @@ def _figures_of_run(options: FiguresOptions, split: str, *, as_json: bool) -> No
 
 def evaluate(options: Namespace) -> None:
     """Figures of several CLIPs in one table."""
+    from finetune.runs import is_run
+
     chosen = as_config(options, EvaluateOptions)
     check_files(chosen)
     check_probes(chosen.probe, chosen.evaluate.zero_shot)
-    sets = _sets(chosen, options.run)
+    sets = _sets(chosen, [*options.run, *filter(is_run, map(Path, options.models))])
     check_robustness(chosen.robustness, [*(each.name for each in sets.zero_shot), *(each.name for each in sets.probes)])
     if not (chosen.clip or options.run or options.models):
         raise ConfigError("evaluate: give --models, --clip.name (and --clip.pretrained), or --run, or several of them")
+    import_libraries("torch", "open_clip")
     from finetune import comparison
     from finetune.evaluate import compare
 
@@ -325,6 +341,7 @@ def predict(options: Namespace) -> None:
     chosen = as_config(options, PredictOptions)
     images, texts, templates = options.images, options.text, options.templates
     check_predict(chosen, images, texts, templates)
+    import_libraries("torch", "open_clip")
     from finetune.embedding import find_pictures
     from finetune.runs import load_named
 
@@ -332,6 +349,10 @@ def predict(options: Namespace) -> None:
     form = "json" if options.get("json") else "csv" if options.get("csv") else "table"
     if len(pictures) > TABLE_ROWS and form == "table" and not (chosen.dataset or chosen.out or chosen.embeddings):
         raise ConfigError(f"out: {len(pictures):,} images are too many for a table; give FILE.csv or FILE.parquet")
+    if chosen.dataset and chosen.out:
+        from finetune.search import check_page
+
+        check_page(min(chosen.best, len(pictures)) * (len(texts) or len(find_pictures(images))))
     clip = load_named(chosen.model, chosen.device)
     if chosen.dataset:
         from finetune import search
@@ -386,6 +407,7 @@ def _search(clip: Clip, chosen: PredictOptions, pictures: Pictures, queries: Que
 def export(options: Namespace) -> None:
     """Write a run's CLIP for others."""
     chosen = as_config(options, ExportOptions)
+    import_libraries("torch", "open_clip")
     from finetune.export import export as run_export
 
     checkpoint = run_export(
@@ -430,6 +452,13 @@ def _log_to_stderr() -> None:
         ours.addHandler(logging.StreamHandler())
 
 
+def _reader_has_gone() -> bool:
+    """Whether nobody reads stdout any more, as after `head`; a broken pipe may be another's."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are told unasked
+    return bool(poll.poll(0))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -438,12 +467,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments = with_presets(arguments, "finetune")
         options: Any = parse(build_parser(arguments), arguments, OPTIONS)
         COMMANDS[options.command](options[options.command])
-    except CliptailorError as error:
-        print(f"finetune: {located(str(error), arguments, OPTIONS)}", file=sys.stderr)
-        return error.exit_status
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("finetune: interrupted", file=sys.stderr)
         return 130
+    except (CliptailorError, OSError) as error:
+        if not (tellable := told(error)):
+            raise
+        print(f"finetune: {located(str(tellable), arguments, OPTIONS)}", file=sys.stderr)
+        return tellable.exit_status
     return 0
 
 

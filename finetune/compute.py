@@ -42,7 +42,14 @@ def one_by_one(encode: Callable[[Part], Tensor], parts: Sequence[Part]) -> Tenso
         return encode(parts[0])
     if not torch.is_grad_enabled():
         return torch.cat([encode(part) for part in parts])
-    return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in parts])
+    return torch.cat([_twice(encode, part) for part in parts])
+
+
+def _twice(encode: Callable[[Part], Tensor], part: Part) -> Tensor:
+    """`encode(part)`, computed again for its gradient."""
+    # Random numbers are drawn again alike on the devices of the tensors that are handed over, and no others.
+    seen = part.token_RW if isinstance(part, Packed) else part
+    return checkpoint(lambda _: encode(part), seen, use_reentrant=False)
 
 
 def prepare(model: nn.Module, config: ComputeConfig) -> None:

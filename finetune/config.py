@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from curate.errors import ConfigError
+from curate.keys import flags_of
 
 PROJECTIONS = ("q", "k", "v", "out", "fc", "proj", "projection", "conv", "pool")
 TOWERS = ("image", "text")
@@ -43,6 +44,39 @@ NOT_TRAINER_KEYS = {
 }
 
 
+OPEN_CLIP_FLAGS = flags_of(
+    "open_clip_train",
+    {
+        "train_data": "data.dataset, or data.sources",
+        "train_data_upsampling_factors": "data.sources[…].weight",
+        "val_data": "the val split of data.dataset, and evaluate.retrieval",
+        "imagenet_val": "evaluate.zero_shot",
+        "csv_img_key": "data.sources[…].image",
+        "csv_caption_key": "data.sources[…].caption",
+        "epochs": "trainer.max_epochs",
+        "accum_freq": "trainer.accumulate_grad_batches (contrast over one batch), or "
+        "model.compute.micro_batch_size (contrast over all of it, as open_clip's)",
+        "wd": "model.optimizer.weight_decay",
+        "beta1": "model.optimizer.betas",
+        "beta2": "model.optimizer.betas",
+        "grad_clip_norm": "trainer.gradient_clip_val",
+        "grad_checkpointing": "model.compute.gradient_checkpointing",
+        "torchcompile": "model.compute.compile",
+        "force_patch_dropout": "model.compute.patch_dropout",
+        "lock_image": "model.adapter.lock: [image]",
+        "lock_text": "model.adapter.lock: [text]",
+        "siglip": "model.loss.kind: sigmoid",
+        "use_bn_sync": "trainer.sync_batchnorm",
+        "workers": "data.num_workers",
+        "resume": "the same command goes on by itself, and --ckpt_path names a checkpoint",
+        "save_frequency": "checkpoint_every_n_steps",
+        "val_frequency": "trainer.val_check_interval",
+        "logs": "out",
+        "name": "out",
+    },
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """Handed to `lightning.Trainer` as it is; the same names, the same meaning."""
@@ -67,7 +101,8 @@ class TrainerConfig:
     max_steps: int = -1
     """Optimiser steps; -1 for no limit."""
     val_check_interval: int | float | None = None
-    """Evaluate every so many steps, counted over epochs (int), or shares of an epoch (float); null: at an epoch's end.
+    """Evaluate every so many steps, counted over epochs (int; of accumulate_grad_batches batches each, also where an
+    epoch's last step has fewer), or shares of an epoch (float); null: at an epoch's end.
     The last step is always followed by an evaluation."""
     check_val_every_n_epoch: int | None = 1
     """Evaluate in one of so many epochs only; plays no part where val_check_interval counts steps."""
@@ -476,6 +511,8 @@ class KeepConfig:
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """Everything `finetune fit` needs."""
+
+    not_here = OPEN_CLIP_FLAGS
 
     out: Path = Path("runs/domain")
     """Folder of the run. The same command again continues it; a folder with other files of such names is refused."""

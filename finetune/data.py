@@ -16,7 +16,6 @@ from typing import Any
 
 import lightning
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ from finetune.batches import Arrangement, caption_sizes, clusters, stored_embedd
 from finetune.checks import count_pairs
 from finetune.config import SHARDED, TOWERS, DataConfig
 from finetune.features import Features, Saved, compute, key_of, room_for, why_not
-from finetune.loaders import TrainingLoader, ValidationLoader, going_on, load
+from finetune.loaders import BrokenCount, TrainingLoader, ValidationLoader, going_on, load
 from finetune.optim import total_steps
 from finetune.packing import Packer, packer_of
 from finetune.pixels import EvaluationView, TrainingView
@@ -137,6 +136,7 @@ class CLIPDataModule(lightning.LightningDataModule):
         self._position: dict[str, Any] | None = None
         self._lengths: CaptionLengths | None = None
         self._arranged: Arrangement | None = None
+        self._agreed = False  # on it, all ranks
 
     def setup(self, stage: str | None = None) -> None:
         """Read the indices.
@@ -150,10 +150,13 @@ class CLIPDataModule(lightning.LightningDataModule):
         self.train_index = self._training.index
         replayed = replayed_split(self.config)
         self.replay_index = split_pairs(*replayed) if replayed else None
-        least = 2 * self._world()[0]
-        if len(self.train_index) < least:
-            raise InputError(f"{self._where}: {len(self.train_index)} training pairs; needs at least {least}")
-
+        if self.replay_index is not None and not len(self.replay_index):
+            raise InputError("data.replay: there is no image in what is to be replayed; set it to 0")
+        least, passes = 2 * self._world()[0], self._training.passes
+        draws = sum(source.draws for source in passes) if passes else len(self.train_index)
+        if draws < least:
+            epoch = "" if draws == len(self.train_index) else " an epoch (data.sources: their weights)"
+            raise InputError(f"{self._where}: {draws} training pairs{epoch}; needs at least {least}")
         self._check_room()
 
     @property
@@ -175,6 +178,7 @@ class CLIPDataModule(lightning.LightningDataModule):
             sources=self._training.passes,
             arrangement=self._arrangement(),
             order=self._windows,
+            machines=self.trainer.num_nodes if self.trainer else 1,
         )
 
     # --- what is far away ---
@@ -207,10 +211,12 @@ class CLIPDataModule(lightning.LightningDataModule):
             tar for tar in replayed if far(tar)
         ]
 
-    def needs(self, epoch: int, place: int) -> list[Path]:
-        """The tars far away that are needed at a place of an epoch, or soon after; those of replayed samples always."""
-        (tars, replayed), windows = self._far, self._windows
-        numbers = windows.needed(place, self.seed, epoch).tolist() if windows else [*tars]
+    def needs(self, schedule: Schedule, epoch: int, number: int) -> list[Path]:
+        """The tars far away that are needed for a batch, or soon after; those of replayed samples always."""
+        (tars, replayed), windows, numbers = self._far, self._windows, [*self._far[0]]
+        if windows:
+            places = schedule.places_of_machine(epoch, number)
+            numbers = windows.needed(places, schedule.machines_of(epoch), self.seed, epoch).tolist()
         return [*replayed, *dict.fromkeys(tars[number] for number in numbers if number in tars)]
 
     def far_bytes(self) -> tuple[int, int]:
@@ -234,21 +240,28 @@ class CLIPDataModule(lightning.LightningDataModule):
 
     def _arrangement(self) -> Arrangement | None:
         """Which samples come together; the same for all ranks."""
-        kind, table = self.config.batches, self.train_index.table
-        if kind != "shuffled" and self._arranged is None:
-            if pa.types.is_null(table["captions"].type):
-                raise ConfigError(
-                    f"data.batches: {kind} looks at all samples before the first batch, and of {table.num_rows:,} the "
-                    "captions and keys stay in the tars; set it to shuffled, or train on a part of them"
-                )
-            if kind == "without_twins":
-                value_N = twin_groups(table)
-            elif kind == "by_length":
-                value_N = caption_sizes(table)
-            else:
-                value_N = self._clusters()
-            self._arranged = Arrangement(kind, value_N)
+        kind = self.config.batches
+        if kind == "shuffled":
+            return None
+        if self._arranged is None:
+            self._arranged = Arrangement(kind, self._arranged_by())
+        if kind == "hard_negatives" and self.trainer and not self._agreed:
+            # Sums may come out otherwise on another machine. (The plan has made them too, but on rank 0 alone.)
+            self._arranged = Arrangement(kind, self.trainer.strategy.broadcast(self._arranged.value))
+            self._agreed = True
         return self._arranged
+
+    def _arranged_by(self) -> np.ndarray:
+        """A value (N,) of each training sample, by which it comes together with others."""
+        kind, table = self.config.batches, self.train_index.table
+        if many := table["captions"].null_count:
+            raise ConfigError(
+                f"data.batches: {kind} looks at all samples before the first batch, and of {many:,} the "
+                "captions and keys stay in the tars; set it to shuffled, or train on a part of them"
+            )
+        if kind == "without_twins":
+            return twin_groups(table)
+        return caption_sizes(table) if kind == "by_length" else self._clusters()
 
     def _clusters(self) -> np.ndarray:
         sources, table = self.config.trained_on, self.train_index.table
@@ -260,9 +273,7 @@ class CLIPDataModule(lightning.LightningDataModule):
             )
             for number, source in enumerate(sources)
         ]
-        value_N = clusters(np.concatenate(found), self.config.batch_size, self.seed)
-        # Sums may come out otherwise on another machine; the ranks must agree.
-        return self.trainer.strategy.broadcast(value_N) if self.trainer else value_N
+        return clusters(np.concatenate(found), self.config.batch_size, self.seed)
 
     def caption_lengths(self, clip: Clip) -> CaptionLengths:
         """How many captions this CLIP's context cuts, over a seeded sample of a large set; after `setup`."""
@@ -319,7 +330,7 @@ class CLIPDataModule(lightning.LightningDataModule):
         view = (
             TrainingView(clip.preprocess_cfg, self.config.crop_scale, fast=self.config.decode == "fast")
             if augmented
-            else EvaluationView(clip.preprocess)
+            else EvaluationView(clip.preprocess, clip.preprocess_cfg)
         )
         templates = self._training.templates
         return PairDataset(
@@ -344,8 +355,10 @@ class CLIPDataModule(lightning.LightningDataModule):
             return tower, "there is no folder for them"
         if module.is_sharded:
             return tower, f"trainer.strategy {SHARDED}"
-        batches = total_steps(trainer.max_steps, trainer.max_epochs, len(self.schedule) or 1)
-        if batches * self.config.batch_size * trainer.accumulate_grad_batches < len(index):
+        devices = trainer.num_devices * trainer.num_nodes
+        batches = len(replace(self.schedule, world_size=devices, rank=0))
+        steps = total_steps(trainer.max_steps, trainer.max_epochs, batches or 1)
+        if steps * self.config.batch_size * devices * trainer.accumulate_grad_batches < len(index):
             return tower, "the run ends before it has seen them all"
         return tower, why_not(self.config, tower, index, self._training.templates)
 
@@ -355,7 +368,8 @@ class CLIPDataModule(lightning.LightningDataModule):
         if tower is None or reason or self.features_folder is None:
             return None
         index, clip = self._whole_index(), module.clip
-        how = (clip.preprocess_cfg, clip.name, trainer.precision, trainer.strategy.root_device.type)
+        shown = clip.preprocess_cfg if tower == "image" else self._training.templates
+        how = (clip.name, clip.architecture, shown, trainer.precision, trainer.strategy.root_device.type)
         folder = self.features_folder / key_of(tower, module.model, index, *how)
         features = Features(folder, tower, len(index), module.width)
         if features.missing and not room_for(features):
@@ -381,7 +395,8 @@ class CLIPDataModule(lightning.LightningDataModule):
             draws = [[Draw(row, 0) for row in rows[start : start + size]] for start in range(0, len(rows), size)]
             seen: Any = OneTower(dataset, features.tower)
             with torch.no_grad(), evaluating(module), trainer.precision_plugin.forward_context():
-                for batch, ids in load(seen, draws, self.config.num_workers, self.config.max_broken * len(dataset)):
+                broken = BrokenCount(self.config.max_broken * len(dataset))
+                for batch, ids in load(seen, draws, self.config.num_workers, broken):
                     yield module.embed_locked(features.tower, batch), ids
 
         world_size, rank = self._world()
@@ -406,6 +421,7 @@ class CLIPDataModule(lightning.LightningDataModule):
             place = self._position["epoch"], self._position["next_batch"]
             new = {"since": list(Origin(*place)), "manner": self.schedule.manner, "made_from": self._made_from}
             self._position |= new
+            self._position.pop("num_broken", None)
 
     def val_dataloader(self) -> ValidationLoader | list[Any]:
         """The val split, each rank an equal part of it; nothing where the dataset has none."""
@@ -418,7 +434,11 @@ class CLIPDataModule(lightning.LightningDataModule):
         batches = [draws[start : start + size] for start in range(0, len(draws), size)]
         clip = self._clip()
         dataset = PairDataset(
-            index, EvaluationView(clip.preprocess), clip.tokenizer, trim=self._trim(), pack=self._packer()
+            index,
+            EvaluationView(clip.preprocess, clip.preprocess_cfg),
+            clip.tokenizer,
+            trim=self._trim(),
+            pack=self._packer(),
         )
         return ValidationLoader(dataset, batches, self.config.num_workers)
 

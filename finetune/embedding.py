@@ -22,6 +22,7 @@ from torch import Tensor
 
 from curate.clip import Clip
 from curate.errors import ConfigError, InputError, UnwantedResult
+from curate.files import utf8
 from curate.index import MemberReader, read_index
 from curate.keys import shown
 from curate.remote import address
@@ -48,6 +49,11 @@ class Pictures:
     names: list[str]
     captions: list[str] = field(default_factory=list)
     unreadable: set[int] = field(default_factory=set)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each."""
+        return self.images.sizes
 
     def __len__(self) -> int:
         return len(self.images)
@@ -81,9 +87,13 @@ def find_pictures(paths: Sequence[Path]) -> Pictures:
     """The images of files and folders, in the order given, or of one dataset (all its splits).
 
     Raises:
+        ConfigError: a dataset and something else.
         InputError: no such file, or no image found.
     """
-    if len(paths) == 1 and (address(paths[0]) or (paths[0].is_dir() and shards_of(shard_folder(paths[0])))):
+    datasets = [path for path in paths if address(path) or (path.is_dir() and shards_of(shard_folder(path)))]
+    if datasets and len(paths) > 1:
+        raise ConfigError(f"images: {datasets[0]} is a dataset; give it alone, or folders and files of images")
+    if datasets:
         index = read_index(paths[0])
         columns = ("tar", "image_offset", "image_size", "key")
         places = list(zip(*(index.table[name].to_pylist() for name in columns), strict=True))
@@ -96,7 +106,7 @@ def find_pictures(paths: Sequence[Path]) -> Pictures:
         found += image_files(path) if path.is_dir() else [path]
     if not found:
         raise InputError(f"{', '.join(map(str, paths))}: no image found; expected image files, or folders of them")
-    return Pictures(FileImages(found), [str(path) for path in found])
+    return Pictures(FileImages(found), [utf8(str(path)) for path in found])
 
 
 def embedded(clip: Clip, pictures: Pictures, batch_size: int) -> Iterator[tuple[list[int], Tensor]]:

@@ -313,7 +313,7 @@ def _ranked(score_NC: torch.Tensor, task: ZeroShotSet, scale: torch.Tensor | flo
     predicted_N = score_NC.argmax(1)
     # Rounded: they are kept for every image, and further digits are the device's, not the model's.
     confidence_N, calibrated_N = (
-        [round(each, 6) for each in probability_NC.gather(1, predicted_N[:, None])[:, 0].tolist()]
+        [round(each, 6) for each in probability_NC.cpu().gather(1, predicted_N[:, None].cpu())[:, 0].tolist()]
         for probability_NC in (logit_NC.softmax(1), calibrated(logit_NC, label_N))
     )
     return Ranking(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -122,10 +122,8 @@ def why_not(config: DataConfig, tower: str, index: SampleIndex, templates: Seque
         return None if low == high == 1 else f"data.crop_scale: [{low}, {high}] shows it another crop each time"
     if any(len(each) > 1 for each in templates):
         return "its captions are put into one of several templates each time"
-    if pa.types.is_null(index.table["captions"].type):
-        return None  # one each, in the tars
-    lengths = index.table["captions"].combine_chunks().value_lengths()
-    several = max((count for count in lengths.to_pylist() if count), default=0) > 1
+    captions = index.table["captions"].drop_null()  # of the others there is one each, in the tars
+    several = len(captions) > 0 and pc.max(pc.list_value_length(captions)).as_py() > 1
     return "a sample has several captions, of which one is drawn each time" if several else None
 
 
@@ -143,12 +141,13 @@ def key_of(tower: str, model: torch.nn.Module, index: SampleIndex, *how: Any) ->
             weights.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     samples = hashlib.blake2b(digest_size=16)
-    if tower == "image" or pa.types.is_null(index.table["captions"].type):  # what is said stands beside the image
+    said = index.table.select(["captions", "source"])
+    if tower == "image" or said["captions"].null_count:  # what is said stands beside the image
         for name in ("tar", "image_offset", "image_size"):
             samples.update(np.ascontiguousarray(index.table[name].to_numpy()).tobytes())
         samples.update(json.dumps([_stamp(path) for path in index.tars]).encode())
-    else:
-        for batch in index.table.select(["captions", "source"]).to_batches(max_chunksize=10_000):
+    if tower == "text":
+        for batch in said.filter(pc.is_valid(said["captions"])).to_batches(max_chunksize=10_000):
             samples.update(repr(batch.to_pylist()).encode())
     return fingerprint(tower, weights.hexdigest(), samples.hexdigest(), torch.__version__, [repr(each) for each in how])
 
@@ -177,7 +176,8 @@ def compute(
         world_size: number of processes.
     """
     began, missing = time.monotonic(), features.missing
-    for rows in missing[rank::world_size]:
+    # By their numbers: another run may write some of them between two processes' looks.
+    for rows in (rows for rows in missing if rows.start // ROWS % world_size == rank):
         embeddings, ids = [], []
         for embedding, some in batches(rows):
             embeddings.append(embedding.float().cpu().numpy())

@@ -105,9 +105,11 @@ def fit(
     with only_process(config.out), _quiet():
         if restart and is_first_process():
             forget(config.out)
-        start = checkpoint_to_start_from(config.out, ckpt_path)
+        # Another rank may see what rank 0 is just forgetting.
+        is_forgotten = restart and not is_first_process()
+        start = None if is_forgotten else checkpoint_to_start_from(config.out, ckpt_path)
         begin(config, changed=changed, goes_on=start is not None)
-        if (config.out / "finished.json").is_file():
+        if (config.out / "finished.json").is_file() and not is_forgotten:
             logger.info("%s: finished already; nothing to do", config.out)
             return _result(config.out, finished_before=True)
         try:
@@ -210,6 +212,7 @@ def _trainer(config: FitConfig, *, anew: bool) -> Trainer:
     if isinstance(config.trainer.val_check_interval, int):
         # Else Lightning counts steps anew in each epoch, and refuses an interval longer than one.
         given["check_val_every_n_epoch"] = None
+        given["val_check_interval"] *= config.trainer.accumulate_grad_batches  # it counts batches
     shown = given.pop("enable_progress_bar") and sys.stderr.isatty()
     try:
         return lightning.Trainer(
@@ -243,7 +246,7 @@ def _callbacks(config: FitConfig, *, shown: bool, anew: bool) -> list[Any]:
     evaluation = EvaluationCallback(config.evaluate, config.data, config.out, config.keep)
     callbacks: list[Callback] = [
         evaluation,
-        Alarms(config.trainer.log_every_n_steps, config.checkpoint_every_n_steps),
+        Alarms(config.trainer.log_every_n_steps),
         RandomState(),
         EpochLength(),
         *([GivenRates()] if anew else []),

@@ -179,7 +179,11 @@ def begin(config: FitConfig, *, changed: bool = False, goes_on: bool = False) ->
         before = _plain(asdict(read_config(path, FitConfig)))  # keys that it does not know yet have their defaults
         differ = _differences(_flat(before), _flat(written))
         differ |= _differences(json.loads(path.with_name("inputs.json").read_text()), inputs)
-        if not differ or (finished.is_file() and differ.keys() <= set(RECUT)):
+        if finished.is_file() and differ and differ.keys() <= set(RECUT):
+            return
+        if not differ:
+            if before != written:  # the dataset lies elsewhere now, say
+                write_text(path, yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
             return
         _check_may_differ(config.out, differ, changed=changed)
         if finished.is_file():

@@ -29,7 +29,8 @@ from curate.errors import ModelError
 from curate.files import atomic
 from finetune.adapters import merge
 from finetune.attention import split_attention
-from finetune.config import AdapterConfig
+from finetune.checkpoints import write_checkpoint
+from finetune.config import AdapterConfig, ComputeConfig
 from finetune.evaluate import Evaluation, evaluate_clip
 from finetune.keep import Goal
 from finetune.layers import tower_of
@@ -185,12 +186,13 @@ def save(path: Path, start: Clip, end: Clip, alpha: Alpha, hyper_parameters: Map
         "hyper_parameters": {
             **hyper_parameters,
             "adapter": asdict(AdapterConfig(kind="full")),
+            "compute": asdict(ComputeConfig()),  # what a locked tower need not be able to do
             "loss": {**hyper_parameters["loss"], **held},
         },
         "pytorch-lightning_version": lightning.__version__,
     }
     with atomic(path) as temporary:
-        torch.save(checkpoint, temporary)
+        write_checkpoint(checkpoint, temporary)
 
 
 def alpha_of(run: Path) -> Alpha:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import csv
 import inspect
+import logging
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,8 @@ from curate.errors import InputError, did_you_mean
 from curate.index import MemberReader
 from finetune.config import TORCHVISION, LabelledConfig
 from finetune.images import FileImages, Images, TarImages, image_files
+
+logger = logging.getLogger("cliptailor")
 
 BENCHMARK_IMAGES = ("webp", "png", "jpg", "jpeg")
 TARGETS = ("targets", "labels", "_labels")  # where torchvision's sets keep them
@@ -51,6 +55,11 @@ class TorchvisionImages:
         """Their numbers."""
         return [f"{self.name}/{number}" for number in range(len(self))]
 
+    @property
+    def sizes(self) -> list[int]:
+        """Not known."""
+        return []
+
     def __len__(self) -> int:
         return len(self.dataset)
 
@@ -73,7 +82,7 @@ def labelled(config: LabelledConfig, key: str) -> Labelled:
         key: of this configuration, for the errors.
 
     Raises:
-        InputError: nothing there, a wrong table, a label that no class has, fewer than two classes.
+        InputError: nothing there, a wrong table, a label that no class has or two have, fewer than two classes.
     """
     where = str(config.images)
     if where.startswith(TORCHVISION):
@@ -103,6 +112,8 @@ def _names(path: Path) -> list[str]:
 
 def _named(found: Sequence[tuple[Path, str]], config: LabelledConfig) -> Labelled:
     """Labels as numbers: of the lines of `classes`, else of the labels in order."""
+    if not found:
+        raise InputError(f"{config.images}: no labelled image; expected a sub-folder a class, or a labels.csv")
     labels = [label for _, label in found]
     if config.classes:
         classes = _names(config.classes)
@@ -111,24 +122,39 @@ def _named(found: Sequence[tuple[Path, str]], config: LabelledConfig) -> Labelle
         kinds = sorted(set(labels))
         place = {label: number for number, label in enumerate(kinds)}
         classes, numbers = [class_name(label) for label in kinds], [place[label] for label in labels]
-    _check_two(classes, config.images)
+    _check_classes(classes, config.images)
     return Labelled(FileImages([path for path, _ in found]), numbers, classes)
 
 
 def _numbers(labels: Sequence[str], classes: Sequence[str], source: Path) -> list[int]:
-    if all(label.isdecimal() for label in labels):
-        if wrong := [label for label in labels if int(label) >= len(classes)]:
-            raise InputError(f"{source}: {len(classes)} classes, but there is an image of class {wrong[0]}, from 0")
-        return [int(label) for label in labels]
+    """By name; or by number, from 0, where all are numbers and some are no class's name."""
     place = {class_name(name): number for number, name in enumerate(classes)}
-    if unknown := [label for label in labels if class_name(label) not in place]:
+    wanted = {label: class_name(label) for label in set(labels)}
+    unknown = sorted(label for label, name in wanted.items() if name not in place)
+    if unknown and all(label.isdecimal() for label in wanted):
+        return _positions(labels, classes, source)
+    if unknown:
         raise InputError(f"{source}: no class '{unknown[0]}'.{did_you_mean(unknown[0], classes)}")
-    return [place[class_name(label)] for label in labels]
+    if twice := sorted(set(wanted.values()) & set(_repeated(list(map(class_name, classes))))):
+        raise InputError(f"{source}: there are two classes '{twice[0]}', and labels by that name; give numbers, from 0")
+    return [place[wanted[label]] for label in labels]
 
 
-def _check_two(classes: Sequence[str], source: object) -> None:
+def _positions(labels: Sequence[str], classes: Sequence[str], source: Path) -> list[int]:
+    if wrong := [label for label in labels if int(label) >= len(classes)]:
+        raise InputError(f"{source}: {len(classes)} classes, but there is an image of class {wrong[0]}, from 0")
+    return [int(label) for label in labels]
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def _check_classes(classes: Sequence[str], source: object) -> None:
     if len(classes) < 2:
         raise InputError(f"{source}: {len(classes)} class; expected at least two sub-folders, or a labels.csv")
+    if twice := _repeated(classes):
+        logger.warning("%s: two classes are called '%s': nothing can tell them apart by their text", source, twice[0])
 
 
 # --- folders and tables ----------------------------------------------------------------------------------------------
@@ -164,10 +190,13 @@ def _check_columns(table: Path, columns: Sequence[str], *wanted: str) -> None:
 
 
 def _csv_rows(table: Path, image: str, label: str) -> list[tuple[str, str]]:
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        _check_columns(table, rows.fieldnames or [], image, label)
-        return [(row[image], row[label]) for row in rows]
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            _check_columns(table, rows.fieldnames or [], image, label)
+            return [(row[image], row[label]) for row in rows]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{table}: cannot be read ({error}); expected a CSV file in UTF-8") from error
 
 
 def _parquet_rows(table: Path, image: str, label: str) -> Iterable[tuple[str, str]]:
@@ -212,7 +241,7 @@ def _torchvision(config: LabelledConfig, key: str) -> Labelled:
         ) from error
     labels = _targets(dataset, f"{key}.images: {name}")
     names = _names(config.classes) if config.classes else [class_name(str(each)) for each in _classes(dataset, key)]
-    _check_two(names, name)
+    _check_classes(names, name)
     if labels and max(labels) >= len(names):
         raise InputError(f"{key}.classes: {len(names)} names, but {name} has a label {max(labels)}, from 0")
     return Labelled(TorchvisionImages(dataset, name), labels, names)
@@ -253,10 +282,10 @@ def _benchmark(config: LabelledConfig) -> Labelled:
     classes = _names(names)
     if wrong := [label for label in labels if not label.strip().isdecimal()]:
         raise InputError(f"{folder}: the label {wrong[0][:20]!r} is no number of a class")
-    numbers = _numbers([label.strip() for label in labels], classes, names)
+    numbers = _positions([label.strip() for label in labels], classes, names)
     own = folder / "zeroshot_classification_templates.txt"
     templates = [line.replace("{c}", "{}") for line in _names(own)] if own.is_file() else []
-    _check_two(classes, names)
+    _check_classes(classes, names)
     return Labelled(images, numbers, classes, templates)
 
 

@@ -75,7 +75,7 @@ def retrieve(
         pairs = pairs_P2[starts[first] : starts[first + len(chunk_ND)]]
         place_NK = _true_places(scores, pairs - torch.tensor([first, 0], device=pairs.device))
         ranks.append(place_NK[:, 0].cpu())
-        precisions.append(_average_precision(place_NK).cpu())
+        precisions.append(_average_precision(place_NK.cpu()))  # in float64, which MPS has not
     return torch.cat(ranks), torch.cat(precisions)
 
 

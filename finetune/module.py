@@ -306,7 +306,7 @@ class CLIPModule(lightning.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, with warm-up and cosine over the steps of this run."""
         optimizer = adamw(self.model, self.optimizer)
-        scheduler = schedule(optimizer, self.total_steps(), self.optimizer)
+        scheduler = schedule(optimizer, self.total_steps, self.optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def total_steps(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,13 +121,19 @@ def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:
 
 
 def schedule(
-    optimizer: torch.optim.Optimizer, total: int, config: OptimizerConfig
+    optimizer: torch.optim.Optimizer, total: Callable[[], int], config: OptimizerConfig
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """`learning_rate` as a scheduler that is stepped after each optimiser step.
 
     It is one factor for all groups, each of which started with a learning rate of its own.
+
+    Args:
+        optimizer: whose groups.
+        total: gives the steps of the whole run; asked at each step, since where a run goes on is known only when all
+            is restored, which of sharded weights is after this.
+        config: peak, warm-up and decay.
     """
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, total, config) / config.lr)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, total(), config) / config.lr)
 
 
 def total_steps(max_steps: int, max_epochs: int | None, steps_per_epoch: int) -> int:

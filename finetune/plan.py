@@ -16,6 +16,7 @@ Fragments, the allocator's cache and the libraries' own workspace come on top (o
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -28,14 +29,17 @@ from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from curate.cache import cache_bytes
+from curate.files import nearest
 from curate.remote import cache_folder, shown
 from finetune.checks import count_pairs
 from finetune.config import FitConfig
 from finetune.layers import blocks
 from finetune.optim import Group, groups, total_steps
+from finetune.pixels import sides
 from finetune.sources import CaptionLengths
 
 MOST_GROUPS = 12  # shown of the optimiser's
+CHECKPOINTS = 4  # last, the one before, best, and the next one while it is written
 FEW, MEDIUM = 2_000, 200_000  # pairs, up to which the recipe of that name is meant
 # So many pairs are looked at: a prime that is in no other axis, so that it divides the sizes of their tensors, and not
 # those of weights and masks.
@@ -238,7 +242,7 @@ def _saved_bytes(module: Any, size: int, *, mixed: bool) -> list[int]:
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         cast,
     ):
-        module(torch.zeros(size, 3, *_image_size(module)), torch.zeros(size, length, dtype=torch.int64))
+        module(torch.zeros(size, 3, *sides(module.clip.preprocess_cfg)), torch.zeros(size, length, dtype=torch.int64))
     for buffer, before in counters:
         buffer.copy_(before)
     for hook in hooks:
@@ -246,9 +250,10 @@ def _saved_bytes(module: Any, size: int, *, mixed: bool) -> list[int]:
     return [tensor.untyped_storage().nbytes() for tensor in saved.values()]
 
 
-def _image_size(module: Any) -> tuple[int, int]:
-    size = module.clip.preprocess_cfg["size"]
-    return (size, size) if isinstance(size, int) else tuple(size)
+def checkpoint_bytes(plan: Plan) -> int:
+    """Bytes of a checkpoint, about: weights, moments, and with `ema` a copy of what is trained."""
+    average = plan.memory.gradients if plan.config.model.optimizer.ema else 0
+    return plan.memory.weights + plan.memory.optimizer + average
 
 
 # --- in words --------------------------------------------------------------------------------------------------------
@@ -283,7 +288,7 @@ def rows(plan: Plan) -> Iterator[tuple[str, str]]:
     slow = plan.device == "cpu" and plan.precision.startswith("bf16") and not has_bf16()
     note = " (this CPU has no bfloat16 arithmetic: 32-true is several times faster)" if slow else ""
     yield "device", f"{plan.device}, {plan.precision}{note}"
-    yield "writes", str(config.out)
+    yield "writes", _writes(plan)
 
 
 def _batch(plan: Plan) -> str:
@@ -305,6 +310,14 @@ def _batch(plan: Plan) -> str:
 def _steps(plan: Plan) -> str:
     epochs = plan.steps / max(1, -(-plan.batches // plan.config.trainer.accumulate_grad_batches))
     return f"{plan.steps:,} ({epochs:.4g} epochs of {plan.batches:,} batches), the first {plan.warmup:,} warm-up"
+
+
+def _writes(plan: Plan) -> str:
+    """Where to, how much lies there at once, and whether the disk has room for it."""
+    out, needed = plan.config.out, CHECKPOINTS * checkpoint_bytes(plan)
+    free = shutil.disk_usage(nearest(out)).free
+    short = f": but only {size(free)} are free there" if free < needed else ""
+    return f"{out}, checkpoints of up to {size(needed)} at once{short}"
 
 
 def recipe(plan: Plan) -> str:

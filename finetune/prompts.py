@@ -29,13 +29,14 @@ def zero_shot_classifier(
     Args:
         embed: captions to L2-normalised embeddings.
         classes: names of the classes.
-        templates: prompts with a `{}`.
+        templates: prompts with a `{}`; or the name of a list of them, alone.
 
     Raises:
         ConfigError: a template without exactly one `{}`.
     """
-    embedding_CKD = embed([prompt for name in classes for prompt in prompts(name, templates)])
-    embedding_CKD = embedding_CKD.reshape(len(classes), len(templates), -1)
+    listed = templates_of(templates)
+    embedding_CKD = embed([prompt for name in classes for prompt in prompts(name, listed)])
+    embedding_CKD = embedding_CKD.reshape(len(classes), len(listed), -1)
     return torch.nn.functional.normalize(embedding_CKD.mean(dim=1), dim=-1)
 
 

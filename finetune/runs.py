@@ -45,6 +45,8 @@ def checkpoint_of(run: Path, which: str = "best") -> Path:
     """
     if run.is_file():
         return run
+    if run.suffix == ".ckpt" and not run.exists():
+        raise InputError(f"{run}: no such file; expected a checkpoint, or the folder of a run")
     if which not in ("best", "last"):
         path = Path(which)
         if not path.is_file():
@@ -102,13 +104,19 @@ def model_fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
+def is_run(path: Path) -> bool:
+    """Whether a path is a run's folder, or a checkpoint of one."""
+    return path.suffix == ".ckpt" or (path / "config.yaml").is_file()
+
+
 def load_named(name: str, device: str = "auto") -> Clip:
     """Any trained CLIP by one word, as a plain open_clip model in eval mode.
 
     Args:
         name: the folder of a run (its best checkpoint) or a checkpoint; OpenAI's name (`ViT-B/32`); an architecture and
-            a tag of open_clip (`ViT-B-32/laion2b_s34b_b79k`); a file of OpenAI's; a folder of open_clip or transformers
-            (`local-dir:` before it or not); an id of the hub (`ORG/NAME`, `hf-hub:ORG/NAME`).
+            a tag of open_clip (`ViT-B-32/laion2b_s34b_b79k`) or a file of weights (`ViT-B-32/epoch_3.pt`); a file of
+            OpenAI's; a folder of open_clip or transformers (`local-dir:` before it or not); an id of the hub
+            (`ORG/NAME`, `hf-hub:ORG/NAME`).
         device: `auto` is cuda, else mps, else cpu.
 
     Raises:
@@ -118,20 +126,21 @@ def load_named(name: str, device: str = "auto") -> Clip:
     from curate.clip import OPENAI_NAMES, brings_weights, load, load_clip
 
     path = Path(name)
-    if path.suffix == ".ckpt" or (path / "config.yaml").is_file():
+    if is_run(path):
         return load_trained_clip(checkpoint_of(path), device)
     if name in OPENAI_NAMES or brings_weights(name):
         return load(name, device=device)
     import open_clip
 
-    architecture, _, tag = name.rpartition("/")
+    architecture, _, tag = name.partition("/")
     known = open_clip.list_models()
-    if architecture in known:
+    if tag and architecture in known:
         return load_clip(architecture, tag, device=device)
     if name in known:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none is published"
         raise ModelError(f"{name}: which weights? Expected {name}/TAG; its tags: {tags}")
     raise ModelError(
         f"{name}: no such file, folder or CLIP with weights; expected a run, a file of OpenAI's, a folder of open_clip "
-        f"or transformers, ARCHITECTURE/TAG of open_clip, or one of OpenAI's names.{did_you_mean(name, OPENAI_NAMES)}"
+        "or transformers, ARCHITECTURE/TAG of open_clip, ARCHITECTURE/FILE, or one of OpenAI's names."
+        f"{did_you_mean(name, OPENAI_NAMES)}"
     )

@@ -15,6 +15,7 @@ top, from an endless stream of permutations of their own.
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -34,6 +35,9 @@ class Draw(NamedTuple):
 
 # Up to so many numbers a permutation is kept as an array; beyond, each place is calculated when it is asked for.
 KEPT = 1 << 20
+KEPT_BYTES = 256 << 20
+_kept: dict[tuple[int, ...], np.ndarray] = {}
+_keeping = threading.Lock()  # a thread fetches ahead
 _ROUNDS = 8
 
 
@@ -47,10 +51,19 @@ def shuffled(places: np.ndarray, size: int, *seed: int) -> np.ndarray:
     return _feistel(places, size, _round_keys(*seed))
 
 
-@lru_cache(maxsize=32)
 def permutation(size: int, *seed: int) -> np.ndarray:
-    """The numbers below `size` in an order that depends on the seeds alone, as uint32."""
-    return np.random.default_rng(seed).permutation(np.arange(size, dtype=np.uint32))
+    """The numbers below `size` in an order that depends on the seeds alone, as uint32.
+
+    The last ones are kept: as many as an epoch of many sources has, and not more than KEPT_BYTES.
+    """
+    with _keeping:
+        made = _kept.pop((size, *seed), None)
+        if made is None:
+            made = np.random.default_rng(seed).permutation(np.arange(size, dtype=np.uint32))
+        _kept[(size, *seed)] = made
+        while len(_kept) > 1 and sum(each.nbytes for each in _kept.values()) > KEPT_BYTES:
+            _kept.pop(next(iter(_kept)))
+    return made
 
 
 @lru_cache(maxsize=1024)
@@ -119,8 +132,12 @@ class Passes:
 class Order(Protocol):
     """Another order of the samples of an epoch than one that is shuffled over all of them."""
 
-    def rows(self, place_P: np.ndarray, *seed: int) -> np.ndarray:
+    def rows(self, place_P: np.ndarray, machines: int, *seed: int) -> np.ndarray:
         """The row that comes at each of these places."""
+        ...
+
+    def by_machine(self, place_P: np.ndarray, machines: int) -> np.ndarray:
+        """The same places, those that the first machine should have first, in equal shares."""
         ...
 
 
@@ -132,12 +149,14 @@ class Origin(NamedTuple):
         batches: of that epoch, made before, of other sizes.
         seen: draws of fresh samples in them, of all ranks together.
         replayed: draws of the replay stream in all batches before, of all ranks together.
+        machines: that the order of that epoch is for; 0: as many as there are.
     """
 
     epoch: int = 0
     batches: int = 0
     seen: int = 0
     replayed: int = 0
+    machines: int = 0
 
 
 BEGINNING = Origin()
@@ -158,6 +177,7 @@ class Schedule:
         sources: sizes and weights of the sources that make up num_samples, in the order of the index; none: all once.
         arrangement: which samples come together; None: it is chance.
         order: of an epoch; None: shuffled over all.
+        machines: on which the ranks are, the same number on each.
         since: where batches of this size begin.
     """
 
@@ -171,6 +191,7 @@ class Schedule:
     sources: tuple[Passes, ...] = ()
     arrangement: Arrangement | None = None
     order: Order | None = None
+    machines: int = 1
     since: Origin = BEGINNING
 
     @property
@@ -225,16 +246,33 @@ class Schedule:
 
     def batch(self, epoch: int, number: int) -> list[Draw]:
         """The samples of one batch, fresh ones first."""
-        size = self._ends(epoch)[1] if number == self.batches(epoch) - 1 else self.fresh
-        start = self.seen(epoch, number) + size * self.rank
-        draws = [self._fresh(int(place), epoch) for place in self._shuffled(np.arange(start, start + size), epoch)]
+        draws = [self._fresh(int(each), epoch) for each in self._shuffled(self.places(epoch, number), epoch)]
         return draws + (self._replay(epoch, number) if self.replay else [])
+
+    def places(self, epoch: int, number: int) -> np.ndarray:
+        """The places in an epoch's order of the fresh samples of one batch."""
+        whole = self._places_of_all(epoch, number)
+        return whole.reshape(self.world_size, -1)[self.rank]
+
+    def places_of_machine(self, epoch: int, number: int) -> np.ndarray:
+        """Those of all ranks that are on the same machine."""
+        whole = self._places_of_all(epoch, number)
+        return whole.reshape(self.machines, -1)[self.rank * self.machines // self.world_size]
+
+    def _places_of_all(self, epoch: int, number: int) -> np.ndarray:
+        size = self._ends(epoch)[1] if number == self.batches(epoch) - 1 else self.fresh
+        whole = self.seen(epoch, number) + np.arange(size * self.world_size)
+        return self.order.by_machine(whole, self.machines_of(epoch)) if self.order else whole
+
+    def machines_of(self, epoch: int) -> int:
+        """Machines that an epoch's order is for: as many as there are when it begins."""
+        return (self.since.machines if epoch == self.since.epoch else 0) or self.machines
 
     def _shuffled(self, places: np.ndarray, epoch: int) -> np.ndarray:
         if self.arrangement:
             return _arranged(self, epoch)[places]
         if self.order:
-            return self.order.rows(places, self.seed, epoch)
+            return self.order.rows(places, self.machines_of(epoch), self.seed, epoch)
         return shuffled(places, self.draws, self.seed, epoch)
 
     def seen(self, epoch: int, number: int) -> int:
@@ -242,11 +280,19 @@ class Schedule:
         first = self.since if epoch == self.since.epoch else BEGINNING
         return first.seen + (number - first.batches) * self.fresh * self.world_size
 
-    def origin(self, epoch: int, number: int) -> Origin:
-        """The place of a batch, for a schedule that goes on from there with other batches of the same samples."""
-        # A rest too small for a contrast is not left over: it begins a few samples earlier.
-        seen = min(self.seen(epoch, number), self.draws - 2 * self.world_size)
-        return Origin(epoch, number, max(0, seen) if number else 0, self._replayed(epoch, number))
+    def origin(self, epoch: int, number: int, rest: int) -> Origin:
+        """The place of a batch, for a schedule that goes on from there with other batches of the same samples.
+
+        Args:
+            epoch: of the batch.
+            number: of the batch.
+            rest: draws that are to be left of the epoch at least; for a contrast, it begins a few samples earlier.
+        """
+        replayed = self._replayed(epoch, number)
+        if not number:
+            return Origin(epoch, replayed=replayed)
+        seen = max(0, min(self.seen(epoch, number), self.draws - rest))
+        return Origin(epoch, number, seen, replayed, self.machines_of(epoch))
 
     @property
     def sizes(self) -> list[int]:
@@ -310,7 +356,8 @@ class Schedule:
     @property
     def manner(self) -> dict[str, Any]:
         """What decides how an order of samples is cut into batches."""
-        return {"batch_size": self.batch_size, "replay": self.replay, "world_size": self.world_size}
+        manner = {"batch_size": self.batch_size, "replay": self.replay, "world_size": self.world_size}
+        return manner | ({"machines": self.machines} if self.order else {})
 
     def going_on(self, since: Origin, manner: dict[str, Any], epoch: int, number: int) -> Schedule:
         """This schedule, going on where one over the same samples stood: at its batch, or at that batch's first sample.
@@ -327,12 +374,14 @@ class Schedule:
         if manner == self.manner:
             return replace(self, since=since)
         if self.arrangement:
-            was = ", ".join(f"{name} {value}" for name, value in manner.items())
+            told = ", ".join(f"{name} {value}" for name, value in manner.items())
             raise ConfigError(
                 f"data.batches: {self.arrangement.kind}: which samples come together hangs on the size of batches, so "
-                f"it goes on as it was only ({was}); or shuffled"
+                f"it goes on as it was only ({told}); or shuffled"
             )
-        return replace(self, since=replace(self, since=since, rank=0, **manner).origin(epoch, number))
+        was = {"machines": 1} | manner
+        old = replace(self, since=since, rank=0, **was)
+        return replace(self, since=old.origin(epoch, number, rest=2 * self.world_size))
 
 
 @lru_cache(maxsize=2)

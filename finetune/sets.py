@@ -13,8 +13,11 @@ Sets are read from files in a fixed order and sampled with a fixed seed, so `bef
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +31,8 @@ from finetune.config import EvaluateConfig, ProbeConfig, ZeroShotConfig
 from finetune.images import Images, TarImages
 from finetune.labelled import Labelled, captioned, is_benchmark, labelled
 from finetune.templates import USUAL, templates_of
+
+logger = logging.getLogger("cliptailor")
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -68,7 +73,7 @@ class ProbeSet:
     seed: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class EvaluationSets:
     """All that a CLIP is evaluated on."""
 
@@ -76,15 +81,17 @@ class EvaluationSets:
     zero_shot: list[ZeroShotSet]
     probes: list[ProbeSet] = field(default_factory=list)
 
-    @property
+    @cached_property  # it looks at every file, and each validation asks for it
     def fingerprint(self) -> str:
-        """The same for the same samples, captions, classes and templates."""
-        retrieval = [(s.name, s.images.names, s.captions) for s in self.retrieval]
-        zero_shot = [(s.name, s.images.names, s.labels, s.classes, s.templates) for s in self.zero_shot]
-        if not self.probes:
-            return fingerprint(retrieval, zero_shot)
+        """The same for the same samples, captions, truth, classes and templates."""
+
+        def seen(images: Images) -> tuple[list[str], list[int]]:
+            return images.names, images.sizes
+
+        retrieval = [(s.name, seen(s.images), s.captions, s.pairs.tolist()) for s in self.retrieval]
+        zero_shot = [(s.name, seen(s.images), s.labels, s.classes, s.templates) for s in self.zero_shot]
         probes = [
-            (s.name, s.train.images.names, s.train.labels, s.test.images.names, s.test.labels, s.shots, s.seed)
+            (s.name, seen(s.train.images), s.train.labels, seen(s.test.images), s.test.labels, s.shots, s.seed)
             for s in self.probes
         ]
         return fingerprint(retrieval, zero_shot, probes)
@@ -205,11 +212,13 @@ def probe_set(name: str, config: ProbeConfig) -> ProbeSet:
     validation = labelled(config.validation, f"{key}.validation") if config.validation else None
     for split, found in (("train", train), ("validation", validation)):
         if found and found.classes != test.classes:
-            odd = sorted(set(found.classes) ^ set(test.classes)) or found.classes
-            raise InputError(
-                f"{key}.{split}: other classes than {key}.test, such as '{odd[0]}'; "
-                "name them all, in one order, in a file: classes"
-            )
+            odd = sorted(set(found.classes) ^ set(test.classes))
+            differ = f"other classes than {key}.test, such as '{odd[0]}'" if odd else f"not in the order of {key}.test"
+            raise InputError(f"{key}.{split}: {differ}; name them all, in one order, in a file: classes")
     if missing := set(range(len(train.classes))) - set(train.labels):
         raise InputError(f"{key}.train: no image of class '{train.classes[min(missing)]}', so that it cannot be learnt")
-    return ProbeSet(name, train, validation, test, tuple(config.shots), config.seed)
+    most = max(Counter(train.labels).values())
+    for shots in (shots for shots in config.shots if shots > most):
+        logger.warning("%s.train: no class has more than %d images: %d_shot is left out", key, most, shots)
+    drawn = tuple(shots for shots in config.shots if shots <= most)
+    return ProbeSet(name, train, validation, test, drawn, config.seed)

@@ -42,22 +42,20 @@ class Sharding(ModelParallelStrategy):
 
         Lightning's own way takes no module of which some parameters are sharded and others not.
         """
-        from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
-
         checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
         model: Any = self.model
         named = dict(model.named_parameters())
         weights = checkpoint.pop("state_dict")
         model.load_state_dict({name: _part(weight, named.get(name)) for name, weight in weights.items()})
-        for optimizer, numbered in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            saved = FullyShardedDataParallel.rekey_optim_state_dict(numbered, OptimStateKeyType.PARAM_NAME, model)
-            names = {parameter: name for name, parameter in named.items()}
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            groups = optimizer.state_dict()["param_groups"]
+            # By its place in its group: other strategies number parameters, this one names them.
+            was = [old for group in saved["param_groups"] for old in group["params"]]
             order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             state = {
-                number: {key: _part(value, parameter) for key, value in saved["state"][names[parameter]].items()}
-                for number, parameter in enumerate(order)
+                number: {key: _part(value, parameter) for key, value in saved["state"][old].items()}
+                for number, (old, parameter) in enumerate(zip(was, order, strict=True))
             }
-            groups = optimizer.state_dict()["param_groups"]
             groups = [old | {"params": new["params"]} for old, new in zip(saved["param_groups"], groups, strict=True)]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
         return checkpoint

@@ -171,9 +171,10 @@ def caption_lengths(found: TrainingSet, tokenizer: Callable[..., Tensor], seed: 
     Tokenizers cut without a word. One that had room for one token more shows what it did: a text that fits comes out
     the same with one more token of padding, a text that was cut does not.
     """
-    rows: Sequence[int] = range(_counted_among(found.index))
+    rows = _counted_among(found.index)
     if len(rows) > _COUNTED:
-        rows = np.sort(np.random.default_rng(seed).choice(len(rows), _COUNTED, replace=False)).tolist()
+        chosen = np.sort(np.random.default_rng(seed).choice(len(rows), _COUNTED, replace=False))
+        rows = [int(rows[number]) for number in chosen]
     facts, sources = Facts(found.index, MemberReader(found.index.tars)), found.index.table["source"]
     texts = [
         text
@@ -192,14 +193,21 @@ def caption_lengths(found: TrainingSet, tokenizer: Callable[..., Tensor], seed: 
     return CaptionLengths(len(texts), too_long, context)
 
 
-def _counted_among(index: SampleIndex) -> int:
-    """All samples; where captions stay in tars far away, those of the first tar: `curate build` has shuffled them."""
+def _counted_among(index: SampleIndex) -> Sequence[int]:
+    """All samples; of those whose captions stay in tars far away, one tar's: `curate build` has shuffled them."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if pa.types.is_null(index.table["captions"].type) and far(index.tars[0]):
-        return int(pc.sum(pc.equal(index.table["tar"], 0)).as_py())
-    return len(index)
+    away = [number for number, tar in enumerate(index.tars) if far(tar)]
+    if not away:
+        return range(len(index))
+    tars = index.table["tar"]
+    unread = pc.and_(pc.is_null(index.table["captions"]), pc.is_in(tars, pa.array(away, tars.type)))
+    first = pc.index(unread, True).as_py()
+    if first < 0:
+        return range(len(index))
+    counted: Sequence[int] = pc.indices_nonzero(pc.or_(pc.invert(unread), pc.equal(tars, tars[first]))).to_pylist()
+    return counted
 
 
 def _phrased(caption: str, templates: Sequence[str]) -> list[str]:
@@ -214,8 +222,9 @@ def sources_fingerprint(config: DataConfig) -> str:
 
 
 def _content(table: pa.Table) -> str:
-    """A hash of what is in the rows: captions, and where in its file each image lies."""
+    """A hash of what is in the rows: captions, duplicates, and where in its file each image lies."""
     digest = hashlib.blake2b(digest_size=16)
-    for batch in table.select(["key", "captions", "image_offset", "image_size"]).to_batches(max_chunksize=10_000):
+    columns = ["key", "captions", "duplicate_group", "image_offset", "image_size"]
+    for batch in table.select(columns).to_batches(max_chunksize=10_000):
         digest.update(repr(batch.to_pylist()).encode())
     return digest.hexdigest()

@@ -23,6 +23,7 @@ from finetune.config import AdapterConfig, ClipConfig, ModelConfig
 from finetune.layers import Depths, block_of, tower_of
 from finetune.module import make_trainable
 from finetune.optim import Group, groups
+from finetune.pixels import sides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +99,8 @@ def _quick(config: AdapterConfig) -> AdapterConfig:
 
 def gflops(clip: Clip) -> tuple[float, float]:
     """GFLOPs of one image and of one caption of a plain CLIP, two a multiply-add."""
-    size = clip.preprocess_cfg["size"]
-    height, width = (size, size) if isinstance(size, int) else size
     weight = next(p for p in clip.model.parameters() if p.is_floating_point())
-    pixels = torch.zeros(1, 3, height, width, device=weight.device, dtype=weight.dtype)
+    pixels = torch.zeros(1, 3, *sides(clip.preprocess_cfg), device=weight.device, dtype=weight.dtype)
     tokens = clip.tokenizer(["a photo"]).to(weight.device)
     return _count(clip.model.encode_image, pixels), _count(clip.model.encode_text, tokens)  # type: ignore[arg-type]
 

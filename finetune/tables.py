@@ -24,13 +24,14 @@ def figures_table(summaries: Mapping[str, Summary]) -> Table:
     """One row a metric, one column a CLIP: value and 95 % interval."""
     table = Table(title="with 95 % intervals", title_justify="left")
     table.add_column("metric", no_wrap=True)
-    table.add_column("n", justify="right")
+    table.add_column("n", justify="right", no_wrap=True)
     for name in summaries:
-        table.add_column(name, justify="right", overflow="fold")
+        # Text, not str: a path may have brackets, which would be read as colours.
+        table.add_column(Text(name), justify="right", overflow="fold")
     for metric in dict.fromkeys(metric for summary in summaries.values() for metric in summary):
         cells = [summary.get(metric) for summary in summaries.values()]
         size = max(int(cell["n"]) for cell in cells if cell)
-        table.add_row(metric, f"{size:,}", *(interval(metric, cell) if cell else "" for cell in cells))
+        table.add_row(Text(metric), f"{size:,}", *(interval(metric, cell) if cell else "" for cell in cells))
     return table
 
 
@@ -38,12 +39,13 @@ def change_table(evaluation: Mapping[str, Any]) -> Table:
     """evaluation.json as a table: before, after and the change; a change whose interval excludes 0 is coloured."""
     table = Table(title="before and after, with 95 % intervals", title_justify="left")
     table.add_column("metric", no_wrap=True)
-    for column in ("n", "before", "after", "change"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("n", justify="right", no_wrap=True)
+    for column in ("before", "after", "change"):
+        table.add_column(column, justify="right", overflow="fold")  # in a narrow terminal, no figure is cut
     for metric, after in evaluation["after"].items():
         before, delta = evaluation["before"][metric], evaluation["delta"][metric]
         change = f"[{_style(metric, delta)}]{interval(metric, delta, sign='+')}"
-        table.add_row(metric, f"{after['n']:,}", interval(metric, before), interval(metric, after), change)
+        table.add_row(Text(metric), f"{after['n']:,}", interval(metric, before), interval(metric, after), change)
     return table
 
 

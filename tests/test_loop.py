@@ -41,7 +41,7 @@ def adapted(tmp_path_factory, base) -> Path:
     """The same adapted to coloured shapes by LoRA, and exported."""
     folder = tmp_path_factory.mktemp("adapted")
     dataset = tiny.write_dataset(folder / "dataset", train=128, val=16, retain=0)
-    config = tiny_config(folder / "run", dataset, "unused", AdapterConfig(kind="lora", rank=8), steps=40)
+    config = tiny_config(folder / "run", dataset, "unused", AdapterConfig(kind="lora", rank=8), steps=100)
     clip = ClipConfig(name=f"local-dir:{base}")
     trainer = replace(config.trainer, val_check_interval=20)
     fit(replace(config, trainer=trainer, model=replace(config.model, clip=clip)))

@@ -204,10 +204,12 @@ def _few_shots(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     series = {}
     for clip, figures in found["figures"].items():
         by_shots: dict[int, list[float]] = {}
+        probed = dict.fromkeys(match[1] for metric in figures if (match := SHOTS.fullmatch(metric)))
+        if probed:
+            by_shots[0] = [100 * figures[f"zero_shot/{name}/top1"]["value"] for name in probed]
         for metric, figure in figures.items():
             if match := SHOTS.fullmatch(metric):
                 by_shots.setdefault(int(match[2]), []).append(100 * figure["value"])
-                by_shots.setdefault(0, []).append(100 * figures[f"zero_shot/{match[1]}/top1"]["value"])
         if by_shots:
             series[clip] = [(float(shots), fmean(values)) for shots, values in sorted(by_shots.items())]
     title = "Mean top-1 (%) of a probe by labelled images of each class; at 0 zero-shot"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 from curate.errors import ConfigError
+from curate.files import check_writable
 from finetune.export.card import write_card
 from finetune.export.check import check_adapter, check_export, samples_of
 from finetune.export.formats import (
@@ -50,13 +51,15 @@ def export(
         overwrite: replace what is in `to`.
 
     Raises:
-        ConfigError: `to` is there already.
+        ConfigError: `to` is there already; or it holds the run, its checkpoint or the folder one works in.
         InputError: no such run or checkpoint.
         ModelError: the run has no adapter; the format has no word for this CLIP; or what was written does not give the
             same embeddings.
     """
     assert format in get_args(Format)
     path = checkpoint_of(run, checkpoint)
+    _check_holds_nothing_needed(to, run, path)
+    check_writable("--out", to.parent)
     with _new_folder(to, overwrite=overwrite) as folder:
         samples, weights = samples_of(path), None
         if format == "adapter":
@@ -72,6 +75,18 @@ def export(
     return path
 
 
+def _check_holds_nothing_needed(to: Path, run: Path, checkpoint: Path) -> None:
+    """What lies in `to` is deleted.
+
+    Raises:
+        ConfigError: the run, the checkpoint or the working directory does.
+    """
+    needed = {"the checkpoint that is exported": checkpoint, "the run": run, "the folder you are in": Path()}
+    for what, path in needed.items():
+        if path.resolve().is_relative_to(to.resolve()):
+            raise ConfigError(f"--out {to}: holds {what}; give another folder")
+
+
 @contextmanager
 def _new_folder(to: Path, *, overwrite: bool) -> Iterator[Path]:
     """A folder beside `to` that takes its place in the end; after an error `to` is as it was."""
@@ -82,16 +97,16 @@ def _new_folder(to: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         new.mkdir()
         yield new
-        if to.exists():
-            to.replace(old)
         try:
+            if to.exists():
+                to.replace(old)
             new.replace(to)
-        except OSError:
-            if old.exists():
+        except BaseException:  # a Ctrl-C too
+            if old.exists() and not to.exists():
                 old.replace(to)
             raise
     finally:
-        for leftover in (new, old):
+        for leftover in (new, old) if to.exists() else (new,):
             if leftover.is_file():
                 leftover.unlink()
             shutil.rmtree(leftover, ignore_errors=True)

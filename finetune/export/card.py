@@ -51,6 +51,12 @@ inject_adapter_in_model(PeftConfig.from_pretrained("FOLDER"), model)
 set_peft_model_state_dict(model, load_file("FOLDER/adapter_model.safetensors"))
 """,
 }
+# peft passes over, without a word, what an adapter has for layers that the model has not.
+OPENED = {
+    "from finetune.attention import": "from finetune.adapters import open_projections\nfrom finetune.attention import",
+    "inject_adapter_in_model(PeftConfig": "open_projections(model)  # the projections as linears too\n"
+    "inject_adapter_in_model(PeftConfig",
+}
 
 
 def write_card(
@@ -63,23 +69,46 @@ def write_card(
         config = None
     path = checkpoint.parent.parent / "evaluation.json"
     evaluation = json.loads(path.read_text("utf-8")) if config and path.is_file() else {}
-    text = card(config, evaluation, checkpoint.name, form, licence)
+    text = card(
+        config,
+        _of_checkpoint(evaluation, checkpoint.name, fingerprint),
+        checkpoint.name,
+        form,
+        licence,
+        projections=_has_projections(folder),
+    )
     if fingerprint:
         text += f"\n## Fingerprint\n\nSHA-256 of the weights (`finetune.runs.model_fingerprint`): `{fingerprint}`\n"
     write_text(folder / "README.md", text)
 
 
+def _of_checkpoint(evaluation: dict[str, Any], checkpoint: str, fingerprint: str | None) -> dict[str, Any]:
+    """The evaluation; of another checkpoint's neither figures nor name, only what is true of the whole run."""
+    facts = evaluation.get("facts") or {}
+    evaluated = str(facts.get("checkpoint", checkpoint)).split(" ")[0]  # interpolated.ckpt (α = …)
+    same_weights = fingerprint is not None and fingerprint == facts.get("fingerprint")
+    if same_weights or evaluated.removesuffix(".ckpt") == checkpoint.removesuffix(".ckpt"):
+        return evaluation
+    return {"evaluated": evaluated, "facts": {**facts, "checkpoint": checkpoint}}
+
+
 def card(
-    config: FitConfig | None, evaluation: dict[str, Any], checkpoint: str, form: Format, licence: str | None
+    config: FitConfig | None,
+    evaluation: dict[str, Any],
+    checkpoint: str,
+    form: Format,
+    licence: str | None,
+    *,
+    projections: bool = False,
 ) -> str:
-    """The text of the card."""
+    """The text of the card; `projections`: the adapter has some for them."""
     front: dict[str, Any] = {
         "license": licence or "unknown",
         "library_name": LIBRARY[form],
         "tags": ["clip", "cliptailor"],
         "pipeline_tag": "zero-shot-image-classification",
     }
-    parts = ["# A CLIP adapted with cliptailor", _use(config, form)]
+    parts = ["# A CLIP adapted with cliptailor", _use(config, form, projections=projections)]
     if config:
         front["base_model"] = config.model.clip.label
         parts += [_trained(config, evaluation.get("facts") or {}, checkpoint), _figures(evaluation)]
@@ -102,11 +131,25 @@ LICENCE = """
 That of the weights that training started from and of the data binds this model too."""
 
 
-def _use(config: FitConfig | None, form: Format) -> str:
+def _has_projections(folder: Path) -> bool:
+    """Whether an adapter was written that is put on projections too (`finetune.adapters.Projection`)."""
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        return False
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as weights:
+        return any(".linear.lora_" in name for name in weights.keys())  # noqa: SIM118 - no mapping
+
+
+def _use(config: FitConfig | None, form: Format, *, projections: bool) -> str:
     base = (
         ", ".join(repr(part) for part in (config.model.clip.name, config.model.clip.weights) if part) if config else ""
     )
-    return f"## Use\n\n```python{USE[form].replace('BASE', base or '…')}```"
+    code = USE[form].replace("BASE", base or "…")
+    for line, with_projections in OPENED.items() if projections else ():
+        code = code.replace(line, with_projections)
+    return f"## Use\n\n```python{code}```"
 
 
 def _trained(config: FitConfig, facts: dict[str, Any], checkpoint: str) -> str:
@@ -130,6 +173,8 @@ def _trained(config: FitConfig, facts: dict[str, Any], checkpoint: str) -> str:
 def _figures(evaluation: dict[str, Any]) -> str:
     if not evaluation:
         return ""
+    if "evaluated" in evaluation:
+        return f"## Figures\n\nNone: the run was evaluated with another checkpoint ({evaluation['evaluated']})."
     rows = []
     for metric, after in evaluation["after"].items():
         before, delta = evaluation["before"][metric], evaluation["delta"][metric]

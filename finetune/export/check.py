@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -112,7 +113,7 @@ def _write(given: Path, pixels: torch.Tensor, tokens: torch.Tensor) -> None:
 
 
 def _in_fresh_process(script: Path, *arguments: Path) -> str | None:
-    """Run a script; None, or the last line that it said when it failed."""
+    """Run a script; None, or when it failed the last line that it said, or how it ended."""
     done = subprocess.run(  # noqa: S603 - this Python, a script of ours
         [sys.executable, str(script), *map(str, arguments)],
         env={**os.environ, **OFFLINE},
@@ -120,7 +121,11 @@ def _in_fresh_process(script: Path, *arguments: Path) -> str | None:
         text=True,
         check=False,
     )
-    return done.stderr.strip().splitlines()[-1] if done.returncode else None
+    said = done.stderr.strip().splitlines()
+    if done.returncode < 0 or (done.returncode and not said):  # by a signal: its last line is of something else
+        killed = " (killed: out of memory?)" if done.returncode == -signal.SIGKILL else ""
+        return f"its process ended with status {done.returncode}{killed}"
+    return said[-1] if done.returncode else None
 
 
 def _compare(folder: Path, form: str, given: Path, expected: tuple[torch.Tensor, torch.Tensor]) -> None:

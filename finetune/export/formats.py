@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from curate.errors import ConfigError, ModelError
 from curate.files import atomic, write_text
+from finetune.pixels import sides
 from finetune.runs import INTERPOLATED, load_module
 
 if TYPE_CHECKING:
@@ -135,9 +136,8 @@ def write_onnx(clip: Clip, to: Path) -> None:
     from finetune.export.towers import Tower
 
     _write_architecture(clip, to)
-    size, tokens = clip.preprocess_cfg["size"], clip.tokenizer(["a photo of a cat.", "a photo of a dog."])
-    height, width = (size, size) if isinstance(size, int) else size
-    given = {"image": ("pixels", torch.zeros(2, 3, height, width)), "text": ("tokens", tokens)}
+    tokens = clip.tokenizer(["a photo of a cat.", "a photo of a dog."])
+    given = {"image": ("pixels", torch.zeros(2, 3, *sides(clip.preprocess_cfg))), "text": ("tokens", tokens)}
     for tower, (name, example) in given.items():
         bytes_ = sum(p.numel() * p.element_size() for p in clip.model.parameters())
         with warnings.catch_warnings(), _unheard("onnxscript", "torch.onnx"):

@@ -353,7 +353,13 @@ def _plot_of(column: str) -> str:
     if "logit_scale" in column:
         return "Logit scale"
     task, name = split_metric(column)
-    return f"{_title(task)}, {name.rpartition('/')[2]}" if "median_rank" in name else _title(task)
+    if task == "train" and name.endswith(("_rank", "_spread")):
+        return "Effective rank in a batch" if name.endswith("_rank") else "Spread in a batch"
+    direction, slash, metric = name.partition("/")
+    if not slash:
+        return _title(task)
+    # No chart has more lines than there are colours.
+    return f"{_title(task)}, {metric if metric == 'median_rank' else direction.replace('_', ' ')}"
 
 
 # --- the rest --------------------------------------------------------------------------------------------------------

@@ -107,6 +107,18 @@ def write_json(found: Sequence[Found], pictures: Pictures, file: IO[str]) -> Non
     file.write(json.dumps(results, ensure_ascii=False, indent=1) + "\n")
 
 
+def check_page(pictures: int) -> None:
+    """Check how many pictures a page would have.
+
+    Raises:
+        ConfigError: more than a browser opens at once.
+    """
+    if pictures > MOST_THUMBNAILS:
+        raise ConfigError(
+            f"best: more than {MOST_THUMBNAILS:,} pictures on a page; give fewer queries, or a smaller --best"
+        )
+
+
 def write_page(
     found: Sequence[Found], pictures: Pictures, queries: Queries, path: Path, *, model: str, where: str
 ) -> None:
@@ -123,10 +135,7 @@ def write_page(
     Raises:
         ConfigError: more pictures than a browser opens at once.
     """
-    if sum(len(of.results) for of in found) > MOST_THUMBNAILS:
-        raise ConfigError(
-            f"best: more than {MOST_THUMBNAILS:,} pictures on a page; give fewer queries, or a smaller --best"
-        )
+    check_page(sum(len(of.results) for of in found))
     sections = [
         {
             "query": of.query,

@@ -1,20 +1,14 @@
-"""A tiny dataset and architectures, made once; one thread, so that sums come out the same in every process."""
+"""A tiny dataset and architectures, made once."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
 
 from finetune.export import check
 from tests.finetune import tiny
 from tests.finetune.users import Users
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

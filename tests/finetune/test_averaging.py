@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from finetune.averaging import MovingAverage
+from finetune.callback import EvaluationCallback
 from finetune.config import AdapterConfig, FitConfig, OptimizerConfig
 from finetune.data import CLIPDataModule
 from finetune.evaluate import Evaluation
@@ -58,6 +61,7 @@ def test_the_average_is_the_recursion_over_all_steps(dataset, architectures, tmp
     expected = watch.seen[0]
     for latest in watch.seen[1:]:
         expected = {name: DECAY * weight + (1 - DECAY) * latest[name] for name, weight in expected.items()}
+    assert not any(buffer.isnan().any() for buffer in module.buffers())
     for name, weight in module.named_parameters():  # at the end the weights are the average
         torch.testing.assert_close(weight.detach(), expected[name], msg=name)
         if not weight.requires_grad:
@@ -70,8 +74,17 @@ def test_the_average_is_what_is_saved_evaluated_and_exported(dataset, architectu
     checkpoint = saved(config.out)
     latest, average = checkpoint["current_model_state"], checkpoint["state_dict"]
     assert any(not torch.equal(latest[name], weight) for name, weight in average.items())
+    with (config.out / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["val/loss"]]
+    assert len(rows) == 2
+    assert all(math.isfinite(float(row["val/loss"])) for row in rows)
     module = load_module(config.out / "checkpoints" / "last.ckpt")
     assert all(torch.equal(weight, average[name]) for name, weight in module.state_dict().items())
+    evaluation = EvaluationCallback(config.evaluate, config.data, config.out)
+    logged = {name: pytest.approx(float(rows[-1][name])) for name in evaluation.metrics}
+    assert evaluation.evaluate(module, torch.device("cpu")).values() == logged
+    module.load_state_dict(latest)
+    assert evaluation.evaluate(module, torch.device("cpu")).values() != logged
     export(config.out, tmp_path / "clip")
     assert isinstance(Evaluation.from_json((config.out / "before.json").read_text()), Evaluation)
 

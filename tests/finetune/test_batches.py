@@ -96,6 +96,18 @@ def test_a_batch_of_hard_negatives_is_of_few_clusters():
     assert global_batches(made, 0) != global_batches(made, 1)
 
 
+@pytest.mark.parametrize(("kind", "values"), [("by_length", [1] * 64), ("hard_negatives", list(range(64)))])
+def test_batches_come_in_another_order_in_each_epoch(kind, values):
+    """Captions of one length, and clusters of one, leave the batches to chance, which are then shuffled."""
+    made = schedule(kind, values)
+    orders = []
+    for epoch in (0, 1):
+        plain = global_batches(replace(made, arrangement=None), epoch)
+        orders.append([plain.index(batch) for batch in global_batches(made, epoch)])
+    assert [sorted(order) for order in orders] == [list(range(8))] * 2
+    assert orders[0] != orders[1]
+
+
 def test_samples_drawn_twice_an_epoch_are_their_own_twins():
     made = schedule("without_twins", list(range(30)), 6, sources=(Passes(20, 2.0), Passes(10, 0.5)))
     for epoch in (0, 1):
@@ -146,6 +158,13 @@ def test_embeddings_are_found_by_key_and_missing_ones_told(tmp_path):
     assert np.array_equal(found, whole[[2, 0]])
     with pytest.raises(ConfigError, match="no embedding of sample d"):
         stored_embeddings(tmp_path, "data.dataset", ["a", "d"])
+    file = tmp_path / "signals" / "clip" / "00000.parquet"
+    read = pq.read_table(file)
+    values = [*read["image_embedding"].to_pylist()[:2], None]  # of a, whose image could not be embedded
+    pq.write_table(read.set_column(1, "image_embedding", pa.array(values, pa.list_(pa.float16()))), file)
+    assert len(stored_embeddings(tmp_path, "data.dataset", ["c", "b"])) == 2
+    with pytest.raises(ConfigError, match="no embedding of sample a"):
+        stored_embeddings(tmp_path, "data.dataset", ["c", "a"])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,20 +5,27 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
+import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from rich.console import Console
 
+from curate.config import BuildConfig
+from curate.keys import documented
 from curate.options import in_words, read_config
 from finetune.cli import HELP, main
 from finetune.config import AdapterConfig, FitConfig
-from finetune.tables import change_table
+from finetune.tables import change_table, figures_table
+from tests.finetune import tiny
 from tests.finetune.fitted import fit_tiny
 
 HEAVY = ("torch", "lightning", "open_clip", "pyarrow", "pandas", "duckdb", "transformers", "PIL", "numpy")
@@ -68,6 +75,31 @@ def test_help_takes_less_than_half_a_second_of_cpu():
 
     # CPU time: other work on the machine does not count. Best of three: the first may compile bytecode.
     assert min(seconds() for _ in range(3)) < 0.5
+
+
+def test_libraries_are_imported_uncollected_and_are_never_looked_through_again(architectures):
+    code = f"""
+import gc, sys
+from finetune.cli import main
+from finetune.libraries import import_libraries
+during = []
+gc.callbacks.append(lambda phase, _: during.append("torch" in sys.modules and "open_clip" not in sys.modules))
+assert main(["summary", "--model.clip.name", {architectures["tiny-vit"]!r}, "--model.clip.pretrained", "null"]) == 0
+frozen = gc.get_freeze_count()
+assert frozen > 100_000, frozen
+assert not any(during)
+assert gc.isenabled()
+import_libraries("torch", "open_clip")
+assert gc.get_freeze_count() == frozen
+try:
+    import_libraries("no_such_library")
+except ModuleNotFoundError:
+    assert gc.isenabled()
+else:
+    raise AssertionError
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", HELP)
@@ -123,6 +155,11 @@ def test_a_wrong_yaml_file_is_one_line_with_the_nearest_key(content, message, tm
             "model.adapter.kind: expected one of full, lora, layernorm, bias, last, probe, got 'lorra'",
         ),
         ("fit --out", "--out: expected one argument"),
+        ("fit --lock-image", "lock_image: open_clip_train's; here model.adapter.lock: [image]"),
+        (
+            "fit --model ViT-B-32",
+            "model: has keys of its own: --model.clip.name, --model.clip.pretrained, --model.adapter.kind, …",
+        ),
         (
             "fit --config nowhere.yaml",
             "--config nowhere.yaml: no such file, and no preset; presets: bias, demo_pretrain, few, full, large, last, "
@@ -133,6 +170,10 @@ def test_a_wrong_yaml_file_is_one_line_with_the_nearest_key(content, message, tm
         ("export --run runs/a", "--out is needed; see --help"),
         ("evaluate --clip.nam x", "clip: no key 'nam'. Did you mean 'name'?"),
         ("evaluate", "evaluate: nothing to evaluate on; give --dataset, --evaluate.retrieval or --evaluate.zero_shot"),
+        (
+            "evaluate --models m --evaluate.max_retrieval 0",
+            "evaluate.max_retrieval: expected at least 2, got 0",
+        ),
         ("predict --images a.jpg --text cat", "--model is needed; see --help"),
         ("predict --model m --text cat", "predict: nothing to look at; give --images, or --dataset to search in"),
         (
@@ -170,6 +211,66 @@ def test_a_wrong_command_line_is_one_line_and_status_2(arguments, message, capsy
     assert refused(capsys, *arguments.split()) == message
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "fit --data.dataset DATASET --out {}/run",
+        "export --run runs/a --out {}/clip",
+        "evaluate --run runs/a --out {}/table.md",
+        "evaluate --run runs/a --plot {}/plots.html",
+        "predict --model m --images a.jpg --text cat --out {}/a.csv",
+        "predict --model m --images a.jpg --embeddings {}/a/b.parquet",
+    ],
+)
+@pytest.mark.parametrize("kind", ["file", "locked"])
+def test_where_nothing_can_be_written_is_told_before_the_work(arguments, kind, dataset, tmp_path, capsys, monkeypatch):
+    """A locked folder is one to whoever is not root."""
+    runs = tmp_path / "runs" / "a"
+    runs.mkdir(parents=True)
+    (runs / "config.yaml").write_text("{}")
+    monkeypatch.setattr("finetune.export.checkpoint_of", lambda *_: tmp_path / "best.ckpt")
+    place = tmp_path / "place"
+    if kind == "file":
+        place.touch()
+        expected = "is a file; expected a folder"
+    else:
+        place.mkdir(0o500)
+        allows = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != place and allows(path, mode))
+        expected = "cannot be written to; give another folder, or the right to write there"
+    named = {"{}": place, "runs/a": runs, "DATASET": dataset}
+    told = refused(
+        capsys, *re.sub("|".join(map(re.escape, named)), lambda word: str(named[word[0]]), arguments).split()
+    )
+    key = re.search(r"--(out|plot|embeddings)", arguments)[1]
+    assert re.fullmatch(rf"(--)?{key}: {re.escape(str(place))} {expected}", told)
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_continues(config, tmp_path, capsys):
+    """The limit on the size of a file is a disk that ends there: in the middle of a checkpoint."""
+    again = ["fit", "--config", str(config.out / "config.yaml"), "--out", str(tmp_path / "run")]
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
+    try:
+        assert main(again) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        r"finetune: File too large \(.*\.ckpt.*\); what is done is kept, the same command continues", told
+    )
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert main(again) == 0
+
+
+@pytest.mark.parametrize("config", [FitConfig, BuildConfig])
+def test_the_keys_named_for_the_flags_of_others_are_there_and_the_flags_are_not(config):
+    known = {name for name, _ in documented(config)}
+    named = {key for told in config.not_here.values() for key in re.findall(r"\b[a-z]+\.[a-z_.]*[a-z]", told)}
+    assert {key for key in named if not key.startswith("report.html")} <= known
+    assert not known & set(config.not_here)
+
+
 def test_ctrl_c_ends_with_130(monkeypatch, capsys):
     def interrupt(_):
         raise KeyboardInterrupt
@@ -177,6 +278,26 @@ def test_ctrl_c_ends_with_130(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules["finetune.cli"].COMMANDS, "report", interrupt)
     assert main(["report", "--run", "x"]) == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_a_reader_that_has_seen_enough_ends_it_without_a_word(size, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setitem(sys.modules["finetune.cli"].COMMANDS, "report", lambda _: stdout.write("x" * size))
+        assert main(["report", "--run", "x"]) == 128 + 13
+    assert capsys.readouterr().err == ""
+
+
+def test_another_broken_pipe_is_no_reader_that_has_gone(monkeypatch):
+    def broken(_):
+        raise BrokenPipeError
+
+    monkeypatch.setitem(sys.modules["finetune.cli"].COMMANDS, "report", broken)
+    with pytest.raises(BrokenPipeError):
+        main(["report", "--run", "x"])
 
 
 @pytest.mark.parametrize(
@@ -187,6 +308,7 @@ def test_ctrl_c_ends_with_130(monkeypatch, capsys):
         (list[str], "a list, each text"),
         (tuple[float, float], "a list of 2: a number, a number"),
         (dict[str, int], "a mapping of names to a whole number"),
+        (list[dict[str, Any]], "a list, each a mapping"),
     ],
 )
 def test_types_are_named_in_words(hint, words):
@@ -210,6 +332,30 @@ def test_a_change_is_coloured_where_its_interval_excludes_0_and_lower_ranks_are_
     delta = {metric: {"value": value, "low": low, "high": high}}
     table = change_table({"before": {metric: figure}, "after": {metric: figure}, "delta": delta})
     assert next(iter(table.columns[-1].cells)).startswith(f"[{colour}]")
+
+
+def test_in_a_narrow_terminal_figures_are_folded_and_not_cut():
+    metric, figure = "retain/image_to_text/recall@10", {"value": 0.915, "low": 0.899, "high": 0.93, "n": 12_345}
+    tables = [
+        change_table({"before": {metric: figure}, "after": {metric: figure}, "delta": {metric: figure}}),
+        figures_table({"before": {metric: figure}, "runs/a/long/name": {metric: figure}, "c": {metric: figure}}),
+    ]
+    for table in tables:
+        console = Console(width=76, record=True, file=io.StringIO())
+        console.print(table)
+        shown = console.export_text()
+        assert "\u2026" not in shown  # the ellipsis
+        assert shown.count("91.5 %") == 3
+        assert shown.count("12,345") == 1
+
+
+def test_brackets_in_the_name_of_a_clip_stay():
+    figure = {"value": 0.915, "low": 0.899, "high": 0.93, "n": 4}
+    console = Console(width=200, record=True, file=io.StringIO())
+    names = ("runs/[lora]", "runs/[/full]")
+    console.print(figures_table({name: {"zero_shot/[red]/top1": figure} for name in names}))
+    shown = console.export_text()
+    assert all(name in shown for name in (*names, "zero_shot/[red]/top1"))
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------
@@ -252,6 +398,14 @@ def test_fit_prints_before_and_after_and_does_nothing_the_second_time(config, ca
     assert time.monotonic() - started < 60
 
 
+def test_a_run_in_which_nothing_was_measured_says_so(config, tmp_path, capsys):
+    bare = tiny.write_dataset(tmp_path / "bare", val=0, retain=0)
+    clip = f"--model.clip.name {config.model.clip.name} --model.clip.pretrained null --trainer.accelerator cpu"
+    data = f"--data.dataset {bare} --data.batch_size 5 --data.num_workers 0"
+    assert main(["fit", *f"--out {tmp_path / 'run'} {clip} {data} --trainer.max_steps 1".split()]) == 0
+    assert "nothing was measured: there is no val split, and `evaluate` names no set" in capsys.readouterr().out
+
+
 def test_validate_prints_the_figures_that_fit_found(config, capsys):
     assert main(["validate", "--run", str(config.out), "--json", "--device", "cpu"]) == 0
     figures = json.loads(capsys.readouterr().out)[str(config.out)]
@@ -292,8 +446,9 @@ def test_evaluate_puts_several_clips_in_one_table(config, capsys):
     assert "tiny-vit.json" in table
 
 
-def test_evaluate_takes_the_sets_of_the_run_where_none_is_given(config, capsys):
-    assert main(["evaluate", "--run", str(config.out), "--split", "val", "--json", "--device", "cpu"]) == 0
+@pytest.mark.parametrize("flag", ["--run", "--models"])
+def test_evaluate_takes_the_sets_of_the_run_where_none_is_given(flag, config, capsys):
+    assert main(["evaluate", flag, str(config.out), "--split", "val", "--json", "--device", "cpu"]) == 0
     figures = next(iter(json.loads(capsys.readouterr().out).values()))
     assert {"val/image_to_text/recall@1", "zero_shot/colours/top1"} <= set(figures)
 
@@ -347,6 +502,23 @@ def test_a_table_of_a_large_folder_is_refused_before_the_model_is_loaded(tmp_pat
         (tmp_path / f"{number}.jpg").touch()
     refusal = refused(capsys, "predict", "--model", "nowhere", "--images", str(tmp_path), "--text", "a", "b")
     assert refusal == "out: 1,001 images are too many for a table; give FILE.csv or FILE.parquet"
+
+
+def test_a_page_of_too_many_pictures_is_refused_before_the_model_is_loaded(dataset, tmp_path, capsys):
+    """56 images are searched; queries are texts or images."""
+    (tmp_path / "queries").mkdir()
+    for number in range(27):
+        (tmp_path / "queries" / f"{number}.jpg").touch()
+    search = ["predict", "--model", "nowhere", "--dataset", str(dataset), "--best", "100", "--out", "found.html"]
+    for queries in (["--images", str(tmp_path / "queries")], ["--text", *map(str, range(27))]):
+        assert refused(capsys, *search, *queries).startswith("best: more than 1,500 pictures on a page; give fewer")
+
+
+def test_a_checkpoint_that_is_not_there_is_told(tmp_path, capsys):
+    path = tmp_path / "besst.ckpt"
+    (tmp_path / "a.jpg").touch()
+    refusal = refused(capsys, "predict", "--model", str(path), "--images", str(tmp_path), "--text", "a", "b")
+    assert refusal == f"{path}: no such file; expected a checkpoint, or the folder of a run"
 
 
 def test_report_writes_the_report_again(config, capsys):

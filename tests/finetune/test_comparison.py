@@ -28,7 +28,7 @@ from curate.clip import Clip
 from curate.errors import ConfigError, InputError
 from finetune.checks import check_probes, check_robustness
 from finetune.cli import main
-from finetune.comparison import check_same_classes
+from finetune.comparison import check_same_classes, write_plots
 from finetune.config import (
     AdapterConfig,
     EvaluateConfig,
@@ -405,3 +405,13 @@ def test_a_wrong_file_is_told_before_anything_is_loaded(arguments, message, caps
 def test_confusion_of_a_ranking_counts_rows_by_the_true_class():
     ranking = Ranking([1, 2, 2], 3, labels=[0, 1, 1], predicted=[0, 2, 2], confidence=[1.0] * 3, calibrated=[1.0] * 3)
     assert ranking.confusion() == [[1, 0, 0], [0, 0, 2], [0, 0, 0]]
+
+
+def test_at_0_labels_each_set_counts_once_however_many_numbers_of_labels_it_has(tmp_path, monkeypatch):
+    values = {"probe/a/1_shot/top1": 0.5, "probe/a/2_shot/top1": 0.6, "probe/b/1_shot/top1": 0.7}
+    values |= {"zero_shot/a/top1": 0.1, "zero_shot/b/top1": 0.4}
+    figures = {"clip": {metric: {"value": value} for metric, value in values.items()}}
+    drawn = {}
+    monkeypatch.setattr(charts, "lines", lambda series, **_: drawn.update(series) or "")
+    write_plots({"figures": figures, "image_gflops": {"clip": 1.0}}, tmp_path / "plots.html")
+    assert drawn == {"clip": [(0.0, pytest.approx(25)), (1.0, pytest.approx(60)), (2.0, pytest.approx(60))]}

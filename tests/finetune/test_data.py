@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 from collections import Counter
 from dataclasses import replace
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import finetune.schedule
 from curate.clip import Clip, load_clip
 from curate.errors import ConfigError, InputError
 from curate.index import read_index
@@ -24,8 +26,9 @@ from finetune.data import (
     data_fingerprint,
     has_split,
 )
+from finetune.features import key_of
 from finetune.pixels import EvaluationView
-from finetune.reading import PairDataset
+from finetune.reading import _AT_ONCE, PairDataset
 from finetune.schedule import KEPT, Draw, Schedule, permutation, shuffled
 from finetune.sources import concatenate, split_pairs
 from tests.finetune import tiny
@@ -83,6 +86,15 @@ def test_ranks_share_each_global_batch_equally_and_no_sample_twice(num_samples, 
     assert len(set(rows)) == len(rows) > num_samples - world
 
 
+def test_a_replayed_dataset_without_an_image_is_refused(dataset, tmp_path):
+    schema = pa.schema([("key", pa.string()), ("caption", pa.string())])
+    with ShardWriter(tmp_path / "shards" / "train-00000", schema, made_from="test") as shard:
+        shard.add({"key": "a", "caption": "a dog"}, None, "")
+    data = CLIPDataModule(DataConfig(dataset=dataset, batch_size=8, replay=0.5, replay_dataset=tmp_path))
+    with pytest.raises(InputError, match=r"data\.replay: there is no image in what is to be replayed; set it to 0"):
+        data.setup()
+
+
 def test_the_ranks_together_see_the_batches_of_one_large_one():
     large = epoch_rows(schedule(40, batch_size=16))
     halves = [epoch_rows(schedule(40, batch_size=8, world=2, rank=rank)) for rank in (0, 1)]
@@ -94,6 +106,16 @@ def test_the_order_changes_with_epoch_and_seed_and_not_otherwise():
     assert epoch_rows(plan, 0) == epoch_rows(schedule(40), 0)
     assert epoch_rows(plan, 0) != epoch_rows(plan, 1)
     assert permutation(40, 7, 0).tolist() != permutation(40, 8, 0).tolist()
+
+
+def test_of_the_orders_of_many_sources_none_is_made_twice_and_the_oldest_are_forgotten(monkeypatch):
+    monkeypatch.setattr(finetune.schedule, "_kept", {})
+    orders = [permutation(100, 7, source) for source in range(100)]
+    assert all(permutation(100, 7, source) is order for source, order in enumerate(orders))
+    monkeypatch.setattr(finetune.schedule, "KEPT_BYTES", 40_000)  # those hundred
+    permutation(100, 7, 100)
+    assert permutation(100, 7, 1) is orders[1]
+    assert permutation(100, 7, 0) is not orders[0]
 
 
 def test_a_large_order_is_calculated_place_by_place_and_as_good_as_a_shuffled_one():
@@ -159,6 +181,7 @@ def test_cut_into_other_batches_the_rest_of_an_epoch_is_what_was_not_seen(num_sa
             assert plan.after(epoch, number) == (epoch, number)  # there is always a batch
         ranks = [replace(plan, rank=rank).batch(epoch, number) for rank in range(plan.world_size)]
         assert len({len(draws) for draws in ranks}) == 1
+        assert all(any(draw.row < num_samples for draw in draws) for draws in ranks)
         seen[epoch] += [draw for draws in ranks for draw in draws]
         epoch, number = plan.after(epoch, number + 1)
     for draws in seen:
@@ -175,7 +198,9 @@ def test_cut_into_other_batches_the_rest_of_an_epoch_is_what_was_not_seen(num_sa
 
 
 def test_a_batch_has_pixels_tokens_ids_and_rows(clip, dataset):
-    pairs = PairDataset(split_pairs(dataset, "train"), EvaluationView(clip.preprocess), clip.tokenizer)
+    pairs = PairDataset(
+        split_pairs(dataset, "train"), EvaluationView(clip.preprocess, clip.preprocess_cfg), clip.tokenizer
+    )
     batch = pairs.__getitems__([Draw(3, 0), Draw(20, 0)]).batch
     assert batch["pixels"].shape == (2, 3, 32, 32)
     assert batch["pixels"].dtype == torch.float32
@@ -197,6 +222,28 @@ def test_crops_are_bytes_of_the_way_that_was_asked_for(clip, dataset):
         assert pixels.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_the_process_of_a_loader_sends_its_batches_uncopied(clip, dataset, monkeypatch):
+    monkeypatch.setattr("finetune.pixels.get_worker_info", lambda: "of a worker")
+    pairs = WithClip(clip, config(dataset)).train_dataloader().dataset
+    seen = pairs.__getitems__([Draw(row, 0) for row in range(5)]).batch["pixels"]
+    assert seen.is_shared()
+    monkeypatch.undo()
+    here = pairs.__getitems__([Draw(row, 0) for row in range(5)]).batch["pixels"]
+    assert not here.is_shared()
+    assert torch.equal(seen, here)
+    assert seen.stride() == here.stride()
+
+
+@pytest.mark.parametrize("decode", ["fast", "exact"])
+def test_a_sample_looks_the_same_alone_and_in_a_batch_of_many(clip, dataset, decode):
+    """More than are decoded at a time."""
+    pairs = WithClip(clip, config(dataset, crop_scale=(0.4, 1.0), decode=decode)).train_dataloader().dataset
+    draws = [Draw(number % 40, number // 40) for number in range(_AT_ONCE + 6)]
+    together = pairs.__getitems__(draws).batch["pixels"]
+    for draw, pixels in zip(draws, together, strict=True):
+        assert torch.equal(pairs.__getitems__([draw]).batch["pixels"][0], pixels)
+
+
 def test_captions_that_read_alike_duplicates_and_equal_images_share_an_id(clip, tmp_path):
     schema = pa.schema([("key", pa.string()), ("caption", pa.string()), ("duplicate_group", pa.string())])
     rows = [("A  Red circle", "g1"), ("a red circle", None), ("a dog", "g1"), ("a cat", None)]
@@ -204,7 +251,9 @@ def test_captions_that_read_alike_duplicates_and_equal_images_share_an_id(clip, 
         for number, (caption, group) in enumerate(rows):
             row = {"key": f"{number}", "caption": caption, "duplicate_group": group}
             shard.add(row, tiny.picture("red", "circle", min(number, 2)), "png")
-    pairs = PairDataset(split_pairs(tmp_path, "train"), EvaluationView(clip.preprocess), clip.tokenizer)
+    pairs = PairDataset(
+        split_pairs(tmp_path, "train"), EvaluationView(clip.preprocess, clip.preprocess_cfg), clip.tokenizer
+    )
     caption, duplicate, image = pairs.__getitems__([Draw(row, 0) for row in range(4)]).batch["group"].T
     assert caption[0] == caption[1]
     assert len(set(caption.tolist())) == 3
@@ -212,6 +261,21 @@ def test_captions_that_read_alike_duplicates_and_equal_images_share_an_id(clip, 
     assert len(set(duplicate.tolist())) == 3
     assert image[2] == image[3]
     assert len(set(image.tolist())) == 3
+
+
+@pytest.mark.parametrize("side", [32, 400])
+def test_flat_images_of_two_colours_have_two_ids(clip, tmp_path, side):
+    """Their files are of one size, and differ in a few bytes, or, uncompressed, in many."""
+    schema = pa.schema([("key", pa.string()), ("caption", pa.string())])
+    with ShardWriter(tmp_path / "train-00000", schema, made_from="test") as shard:
+        for number, colour in enumerate(((200, 10, 10), (10, 10, 200), (10, 10, 201), (10, 10, 201))):
+            file = io.BytesIO()
+            Image.new("RGB", (side, side), colour).save(file, "PNG", compress_level=0 if side > 100 else 6)
+            shard.add({"key": f"{number}", "caption": f"{number}"}, file.getvalue(), "png")
+    pairs = WithClip(clip, config(tmp_path)).train_dataloader().dataset
+    ids = pairs.__getitems__([Draw(row, 0) for row in range(4)]).batch["group"][:, 2].tolist()
+    assert len(set(ids)) == 3
+    assert ids[2] == ids[3]
 
 
 def test_a_dataset_without_duplicate_groups_is_read_too(clip, tmp_path):
@@ -235,7 +299,9 @@ def test_replayed_rows_come_from_the_retain_split_or_from_another_dataset(clip, 
         assert (batch["row"] >= 40).sum() == 4
 
 
-def test_of_a_very_large_dataset_only_places_are_kept_and_the_batches_are_the_same(clip, tmp_path, monkeypatch):
+def test_of_a_very_large_dataset_only_places_are_kept_and_the_batches_are_the_same(
+    clip, dataset, tmp_path, monkeypatch
+):
     schema = pa.schema([("key", pa.string()), ("caption", pa.string()), ("duplicate_group", pa.string())])
     said = ["a\u00e9 caption", None, " ", "x" * 700, "five"]
     for split, size in (("train", 5), ("retain", 2)):
@@ -254,6 +320,14 @@ def test_of_a_very_large_dataset_only_places_are_kept_and_the_batches_are_the_sa
     assert table["captions"].null_count == table["key"].null_count == 5  # retain is small
     assert_same(batches(large), expected)
     assert [large.dataset._facts.key(row) for row in (0, 4, 6)] == ["train0", "train4", "retain1"]
+    # Beside a small one it is as large as it is alone.
+    both = [SourceConfig(path=tmp_path), SourceConfig(path=dataset, where="key < 'train000002'")]
+    with pytest.raises(ConfigError, match=r"data\.batches: by_length looks at all .* of 5 the captions"):
+        WithClip(clip, config(tmp_path, sources=both, batches="by_length")).train_dataloader()
+    index = large.dataset.index
+    before = key_of("text", clip.model, index)
+    os.utime(index.tars[0], ns=(1, 1))  # written anew
+    assert key_of("text", clip.model, index) != before
 
 
 def test_concatenated_indices_read_from_the_right_tars(dataset):
@@ -495,6 +569,31 @@ def test_more_broken_samples_than_allowed_stop_the_run(clip, damaged, num_worker
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_was_broken_before_a_resume_counts_in_the_rest_of_its_epoch_alone(clip, damaged, num_workers):
+    whole = lossy(clip, damaged, num_workers=num_workers, max_broken=0.08)  # three of forty
+    states = [whole.state_dict()]
+    states += [whole.state_dict() for epoch in range(2) for _ in whole]
+    broken = [number for state in states for number in state["num_broken"]]  # of one rank
+    first = [broken[number] for number in range(5)]
+    assert first == sorted(first)
+    assert first[-1] > 0
+    assert broken[5] == broken[10] == 0  # the next epoch begins
+    for state in states[:5]:
+        resumed = lossy(clip, damaged, num_workers=num_workers, max_broken=0.05)  # two
+        resumed.load_state_dict(state)
+        with pytest.raises(InputError, match="number 3 in an epoch, more than"):
+            batches(resumed)
+        assert (resumed.epoch, resumed.num_broken) == (0, 2)
+    smaller = lossy(clip, damaged, num_workers=num_workers, max_broken=0.05, batch_size=4)
+    smaller.load_state_dict(states[4])
+    assert smaller.num_broken == 0  # of batches of that size another number was allowed
+    second = lossy(clip, damaged, num_workers=num_workers)
+    second.schedule = replace(second.schedule, world_size=2, rank=1)
+    second.load_state_dict(second.state_dict() | {"num_broken": [0, 3]})
+    assert second.num_broken == 3
+
+
 def test_where_nothing_can_be_read_there_is_an_end(clip, tmp_path):
     schema = pa.schema([("key", pa.string()), ("caption", pa.string())])
     with ShardWriter(tmp_path / "00000", schema, made_from="test") as shard:
@@ -525,6 +624,17 @@ def test_validation_is_the_val_split_in_order_shared_between_ranks(clip, dataset
     assert len(loader) == 3
     ranks = [WithClip(clip, config(dataset), world=(3, rank)).val_dataloader() for rank in range(3)]
     assert [[batch["row"].tolist() for batch in rank] for rank in ranks] == [[[0, 3]], [[1, 4]], [[2, 5]]]
+
+
+def test_validation_sees_whole_images_as_the_clip_does_each_time(clip, dataset):
+    loader = WithClip(clip, config(dataset, crop_scale=(0.3, 0.5))).val_dataloader()
+    index = read_index(dataset, "val")
+    places = index.table.select(["tar", "image_offset", "image_size"]).to_pylist()
+    stored = [index.tars[p["tar"]].read_bytes()[p["image_offset"] :][: p["image_size"]] for p in places]
+    seen = [clip.preprocess(Image.open(io.BytesIO(content)).convert("RGB")) for content in stored]
+    for _ in range(2):
+        (batch,) = loader
+        assert torch.equal(batch["pixels"], torch.stack(seen))
 
 
 def test_errors_say_what_is_missing(clip, dataset, tmp_path):

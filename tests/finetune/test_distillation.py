@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from finetune.fit import fit
 from finetune.losses import feature_distance, logit_divergence
 from finetune.module import CLIPModule
 from finetune.start import Start, evaluating
+from tests.finetune import tiny
 from tests.finetune.fitted import tiny_config
 
 HELD = {"distill_feature": 2.0, "distill_logit": 1.0, "l2_start": 0.1}
@@ -152,6 +155,19 @@ def test_the_start_embeds_as_the_untouched_clip_wherever_the_weights_have_gone(m
     assert (module.embed(given)[1] - expected[1]).abs().max() > 1e-2
     assert {key: part.training for key, part in module.named_modules()} == modes
     assert all(torch.equal(value, moved[key]) for key, value in module.state_dict().items())
+
+
+def test_the_start_drops_no_patches(tmp_path):
+    made = copy.deepcopy(tiny.ARCHITECTURES["tiny-vit"])
+    made["vision_cfg"]["patch_dropout"] = 0.5
+    (tmp_path / "drops.json").write_text(json.dumps(made))
+    name, weights = str(tmp_path / "drops.json"), str(tmp_path / "w.pt")
+    torch.save(load_clip(name, device="cpu").model.state_dict(), weights)
+    module = CLIPModule({"name": name, "pretrained": weights}, {"kind": "full"}, HELD)
+    given = batch()
+    first, second = (module.embed_start(given)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(module.embed(given)[0], module.embed(given)[0])  # what is trained does
 
 
 def test_of_lora_only_the_updates_are_kept(make):

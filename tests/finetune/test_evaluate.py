@@ -264,6 +264,21 @@ def test_the_fingerprint_changes_with_samples_and_templates(dataset, folder):
     assert of(zero_shot=zero_shot[0]) != of(zero_shot=zero_shot[1])
 
 
+def test_the_fingerprint_changes_with_the_truth_and_the_pictures(tmp_path):
+    def of(name: str, said: list[str], pictures: list[bytes]) -> str:
+        schema = pa.schema([("key", pa.string()), ("caption", pa.string())])
+        with ShardWriter(tmp_path / name / "shards" / "val-00000", schema, made_from="test") as shard:
+            for number, (caption, picture) in enumerate(zip(said, pictures, strict=True)):
+                shard.add({"key": str(number), "caption": caption}, picture, "png")
+        return evaluation_sets(EvaluateConfig(), tmp_path / name).fingerprint
+
+    pictures = [tiny.picture("red", "circle", number) for number in range(4)]
+    first = of("first", ["a dog", "a cat", "a dog"], pictures[:3])
+    assert of("again", ["a dog", "a cat", "a dog"], pictures[:3]) == first
+    assert of("truth", ["a dog", "a cat", "a cat"], pictures[:3]) != first
+    assert of("pictures", ["a dog", "a cat", "a dog"], [*pictures[:2], pictures[3] + b"."]) != first
+
+
 def test_examples_tell_what_was_won_lost_and_confused(dataset, folder, architectures):
     sets = evaluation_sets(EvaluateConfig(zero_shot={"colours": ZeroShotConfig(images=folder)}), dataset)
     before, after = two_evaluations(sets, architectures["tiny-vit"])

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -210,6 +211,15 @@ def test_an_export_that_differs_is_refused(tmp_path, architectures):
         check_export(clip, tmp_path)
 
 
+def test_a_fresh_process_that_is_killed_is_told(tmp_path, fresh_process):
+    script = tmp_path / "killed.py"
+    script.write_text("import os, sys\nprint('a warning', file=sys.stderr)\nos.kill(os.getpid(), int(sys.argv[1]))\n")
+    assert fresh_process(script, "9") == "its process ended with status -9 (killed: out of memory?)"
+    assert fresh_process(script, "15") == "its process ended with status -15"
+    script.write_text("raise SystemExit(3)")
+    assert fresh_process(script) == "its process ended with status 3"
+
+
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory, dataset, architectures):
     """A run of LoRA from saved weights: what an adapter can be put on."""
@@ -284,6 +294,61 @@ def test_the_card_tells_the_figures_and_is_read_by_the_hub(adapted, tmp_path):
     assert "Intended use" in card.text
 
 
+def test_the_use_that_an_adapters_card_tells_gives_the_embeddings_of_training(adapted, run, tmp_path):
+    """Projections too; where the adapter has none for them, none are opened."""
+    export(adapted, tmp_path / "adapter", "adapter")
+    text = (tmp_path / "adapter" / "README.md").read_text("utf-8")
+    code = text.partition("```python")[2].partition("```")[0]
+    told: dict = {}
+    exec(code.replace("FOLDER", str(tmp_path / "adapter")), told)
+    tokens = load_module(checkpoint_of(adapted)).clip.tokenizer(CAPTIONS)
+    with torch.no_grad():
+        expected = load_module(checkpoint_of(adapted)).model.cpu().encode_text(tokens)
+        got = told["model"].cpu().eval().encode_text(tokens)
+    assert torch.allclose(got, expected, atol=1e-5)
+    export(run, tmp_path / "plain", "adapter")
+    assert "open_projections" not in (tmp_path / "plain" / "README.md").read_text("utf-8")
+
+
+def test_the_card_of_another_checkpoint_than_the_evaluated_one_has_no_figures(adapted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(adapted, run)
+    checkpoints = run / "checkpoints"
+    (checkpoints / "interpolated.ckpt").unlink(missing_ok=True)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["facts"]["checkpoint"] = "best.ckpt"
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    other = torch.load(checkpoints / "best.ckpt", weights_only=True)  # noqa: TID251 - our own file
+    name = next(name for name in other["state_dict"] if "lora_B" in name)
+    other["state_dict"][name] += 0.1
+    torch.save(other, checkpoints / "last.ckpt")
+    metric = next(iter(evaluation["after"]))
+    for form in ("open_clip", "adapter"):
+        export(run, tmp_path / form / "last", form, checkpoint="last")
+        export(run, tmp_path / form / "best", form)
+        last, best = ((tmp_path / form / name / "README.md").read_text("utf-8") for name in ("last", "best"))
+        assert "| checkpoint | last.ckpt |" in last
+        assert "None: the run was evaluated with another checkpoint (best.ckpt)." in last
+        assert f"| {metric} |" not in last
+        assert "| checkpoint | best.ckpt |" in best
+        assert f"| {metric} |" in best
+
+
+def test_a_folder_that_holds_what_is_exported_is_not_overwritten(adapted, tmp_path, monkeypatch):
+    run, checkpoint = adapted, checkpoint_of(adapted)
+    for out in (run, run.parent, checkpoint.parent, checkpoint):
+        with pytest.raises(ConfigError, match=r"--out .*: holds the checkpoint that is exported; give another folder"):
+            export(run, out, overwrite=True)
+    shutil.copy(checkpoint, tmp_path / "copy.ckpt")
+    with pytest.raises(ConfigError, match=r"--out .*: holds the run; give another folder"):
+        export(run, run, checkpoint=str(tmp_path / "copy.ckpt"), overwrite=True)
+    assert checkpoint.is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ConfigError, match=r"--out \.: holds the folder you are in; give another folder"):
+        export(run, Path())
+
+
 def test_nothing_is_written_over_without_a_word(adapted, tmp_path):
     out = tmp_path / "exported"
     out.mkdir()
@@ -310,6 +375,28 @@ def test_what_was_there_comes_back_if_the_new_folder_cannot_take_its_place(tmp_p
         new.rename(tmp_path / "gone")
     assert (out / "mine.txt").read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"exported", "gone"}
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_ctrl_c_while_folders_are_exchanged_leaves_one_of_them(tmp_path, monkeypatch, moved):
+    """Just after what was there is moved away (0), or just after the new one is in its place (1)."""
+    from finetune.export import _new_folder
+
+    out, replace, asked = tmp_path / "exported", Path.replace, []
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+
+    def interrupted(self, target):
+        replace(self, target)
+        asked.append(target)
+        if len(asked) == moved + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), _new_folder(out, overwrite=True) as new:
+        (new / "ours.txt").write_text("ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["exported"]
+    assert [path.name for path in out.iterdir()] == ["ours.txt" if moved else "mine.txt"]
 
 
 def test_a_file_in_the_folders_place_is_replaced_without_a_trace(tmp_path):

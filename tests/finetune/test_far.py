@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -103,48 +104,105 @@ def in_cache() -> int:
 # --- the order -------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=80)
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(1, 40), st.integers(0, 3), st.data())
-def test_window_after_window_an_epoch_is_every_sample_once_from_the_shards_that_are_needed(sizes, window, epoch, data):
+@settings(deadline=None, max_examples=120)
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=12),
+    st.integers(1, 40),
+    st.integers(0, 3),
+    st.integers(1, 4),
+    st.data(),
+)
+def test_window_after_window_an_epoch_is_every_sample_once_from_the_shards_that_are_needed(
+    sizes, window, epoch, machines, data
+):
     num_samples, files = sum(sizes), np.repeat(np.arange(len(sizes)) * 2, sizes)
     windows = Windows.of(pa.chunked_array([pa.array(files[:5]), pa.array(files[5:])]), window)
-    rows = windows.rows(np.arange(num_samples), 7, epoch)
+    seed = (machines, 7, epoch)
+    rows = windows.rows(np.arange(num_samples), *seed)
     assert sorted(rows) == list(range(num_samples))
     places = data.draw(st.lists(st.integers(0, num_samples - 1), max_size=9))
-    assert windows.rows(np.array(places, int), 7, epoch).tolist() == rows[places].tolist()
-    needed = [windows.needed(place, 7, epoch).tolist() for place in range(num_samples)]
+    assert windows.rows(np.array(places, int), *seed).tolist() == rows[places].tolist()
+    needed = [windows.needed(np.array([place]), *seed).tolist() for place in range(num_samples)]
+    shared = num_samples // machines * machines
     for place, row in enumerate(rows):
         assert files[row] in needed[place]
-        assert place < window or files[row] in needed[place - window]  # a window ahead it is on its way
+        ahead = place - window * machines  # a window ahead it is on its way
+        assert ahead < 0 or place >= shared or files[row] in needed[ahead]
     for some in needed:
-        largest = max(sizes)
+        # Of a part the first and the last shard may belong to two.
+        largest = max(sizes) * (1 if machines == 1 else 2)
         assert sum(sizes[number // 2] for number in some) <= 2 * (window + largest - 1)
-    if num_samples <= window:
+    if num_samples <= window and machines == 1:
         assert sorted(needed[0]) == sorted(set(files.tolist()))
 
 
 def test_windows_are_shuffled_and_each_epoch_has_another_order():
     windows = Windows.of(pa.chunked_array([pa.array(np.repeat(np.arange(50), 20))]), 200)
-    first, second = (windows.rows(np.arange(1000), 7, epoch) for epoch in range(2))
+    first, second = (windows.rows(np.arange(1000), 1, 7, epoch) for epoch in range(2))
     assert (first != second).mean() > 0.9
     assert len(set((first[:200] // 20).tolist())) == 10
     assert set((first[:200] // 20).tolist()) != set((second[:200] // 20).tolist())
     steps = np.diff(first[:200])
     assert (steps == 1).mean() < 0.05  # neighbours in a shard come apart
-    assert np.array_equal(
-        Windows.of(pa.chunked_array([pa.array(np.repeat(np.arange(50), 20))]), 200).rows(np.arange(1000), 7, 0), first
-    )
+    again = Windows.of(pa.chunked_array([pa.array(np.repeat(np.arange(50), 20))]), 200)
+    assert np.array_equal(again.rows(np.arange(1000), 1, 7, 0), first)
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.lists(st.integers(4, 12), min_size=2, max_size=8), st.integers(2, 20), st.data())
+def test_each_window_is_shuffled_in_its_own_way_and_in_each_epoch_anew():
+    windows = Windows.of(pa.chunked_array([pa.array(np.repeat(np.arange(50), 20))]), 20)  # a shard each
+    orders = windows.rows(np.arange(1000), 1, 7, 0).reshape(50, 20) % 20
+    assert len(np.unique(orders, axis=0)) == 50
+    whole = Windows.of(pa.chunked_array([pa.array(np.zeros(100, int))]), 100)
+    first, second = (whole.rows(np.arange(100), 1, 7, epoch) for epoch in range(2))
+    assert (first != second).mean() > 0.9
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_a_batch_in_two_windows_needs_no_third(machines):
+    windows = Windows.of(pa.chunked_array([pa.array(np.repeat(np.arange(50), 20))]), 60)
+    start = 50 * machines
+    batch = np.arange(start, start + 20 * machines)
+    first = windows.needed(batch[:machines], machines, 7, 0)
+    assert sorted(windows.needed(batch, machines, 7, 0)) == sorted(first)
+    assert {row // 20 for row in windows.rows(batch, machines, 7, 0)} <= set(first.tolist())
+    assert len(first) == 6 * machines
+
+
+@pytest.mark.parametrize("machines", [1, 2, 4])
+@pytest.mark.parametrize("ranks_each", [1, 2])
+def test_each_machine_reads_its_part_of_the_shards_and_all_together_an_epoch(machines, ranks_each):
+    order = Windows.of(pa.chunked_array([pa.array(np.repeat(np.arange(50), 20))]), 60)
+    world = machines * ranks_each
+    plan = Schedule(1000, 0, 5, 0.0, 7, world, order=order, machines=machines)
+    read = [
+        [draw.row for number in range(plan.batches(0)) for draw in replace(plan, rank=rank).batch(0, number)]
+        for rank in range(world)
+    ]
+    assert sorted(row for rows in read for row in rows) == list(range(1000))
+    shards = [
+        {row // 20 for rank in range(ranks_each) for row in read[machine * ranks_each + rank]}
+        for machine in range(machines)
+    ]
+    # Where two parts meet within a shard, both machines have it.
+    assert 50 <= sum(map(len, shards)) <= 50 + machines - 1
+    for rank in range(world):
+        mine = replace(plan, rank=rank)
+        for number in range(mine.batches(0)):
+            needed = set(order.needed(mine.places(0, number), machines, 7, 0).tolist())
+            assert {draw.row // 20 for draw in mine.batch(0, number)} <= needed <= shards[rank // ranks_each]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(6, 12), min_size=2, max_size=8), st.integers(2, 20), st.data())
 def test_cut_into_other_batches_a_windowed_epoch_goes_on_at_its_sample(sizes, window, data):
     order = Windows.of(pa.chunked_array([pa.array(np.repeat(np.arange(len(sizes)), sizes))]), window)
-    size, world, other_size, other_world = (
-        data.draw(st.integers(2, 6)),
-        *(data.draw(st.integers(1, 3)) for _ in range(3)),
-    )
-    plan = Schedule(sum(sizes), 0, size, 0.0, 7, world, order=order)
+
+    def drawn() -> tuple[int, int, int]:
+        size, machines = data.draw(st.integers(2, 6)), data.draw(st.integers(1, 3))
+        return size, machines * data.draw(st.integers(1, 2)), machines
+
+    (size, world, machines), (other_size, other_world, other_machines) = drawn(), drawn()
+    plan = Schedule(sum(sizes), 0, size, 0.0, 7, world, order=order, machines=machines)
     stopped = data.draw(st.integers(0, len(plan) - 1))
     seen = [
         draw.row
@@ -152,13 +210,17 @@ def test_cut_into_other_batches_a_windowed_epoch_goes_on_at_its_sample(sizes, wi
         for rank in range(world)
         for draw in replace(plan, rank=rank).batch(0, number)
     ]
-    new = Schedule(sum(sizes), 0, other_size + 1, 0.0, 7, other_world, order=order)
+    new = Schedule(sum(sizes), 0, other_size + 1, 0.0, 7, other_world, order=order, machines=other_machines)
     new = new.going_on(plan.since, plan.manner, 0, stopped)
     for number in range(stopped, new.batches(0)):
-        seen += [draw.row for rank in range(other_world) for draw in replace(new, rank=rank).batch(0, number)]
+        mine = [[draw.row for draw in replace(new, rank=rank).batch(0, number)] for rank in range(other_world)]
+        assert all(mine)
+        seen += [row for rows in mine for row in rows]
     # A rest too small for a contrast begins a few samples earlier; ranks leave out what cannot be shared.
     assert len(set(seen)) > sum(sizes) - other_world
     assert len(seen) - len(set(seen)) <= 2 * other_world
+    assert new.machines_of(0) == (machines if stopped else other_machines)
+    assert new.machines_of(1) == other_machines
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -222,6 +284,72 @@ def test_the_cache_stays_within_its_bound_and_what_was_removed_is_fetched_again(
     assert 7 < sum(fetched.values()) <= 14  # not all could stay for the second epoch; no window was fetched twice
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_validation_far_away_is_fetched_ahead_of_its_batches(clip, tmp_path, server, num_workers):
+    tiny.write_split(tmp_path / "v", "train", 8, shard_size=8)
+    tiny.write_split(tmp_path / "v", "val", 6 * 8, shard_size=8, first=1000)
+    server.system.put(str(tmp_path / "v"), "far/validated", recursive=True)
+    far_away = Path("s3://far/validated")
+    expected = batches(WithClip(clip, config(tmp_path / "v", eval_batch_size=8)).val_dataloader())
+    loader = WithClip(clip, config(far_away, eval_batch_size=8, num_workers=num_workers)).val_dataloader()
+    del server.requests[:]
+    read = iter(loader)
+    seen = [next(read)]
+    asked = 1 + 2 * num_workers  # batches that have been asked for: each process is two ahead
+    waited = time.monotonic() + 30
+    while len(tars()) < asked + 3 and time.monotonic() < waited:
+        time.sleep(0.02)
+    assert [tar.name for tar in tars()] == [f"val-{number:05d}.tar" for number in range(asked + 3)]
+    seen += read
+    assert_same(*(without_groups(each) for each in (seen, expected)))
+    assert Counter(server.downloads()) == {f"val-{number:05d}.tar": 1 for number in range(6)}
+
+
+@pytest.mark.parametrize("how", ["read", "wanted"])
+def test_what_nobody_has_needed_for_the_longest_time_makes_room(server, monkeypatch, how):
+    first, second, third = read_index(FAR, "train").tars[:3]
+    monkeypatch.setenv("CLIPTAILOR_CACHE_GB", str(2.5 * SHARD / 1e9))
+    for age, tar in enumerate((first, second)):
+        fetch(tar)
+        os.utime(tar, ns=(age, age))
+    if how == "read":
+        cache.read_far(first, 0, 8)
+    else:
+        ahead = cache.ReadAhead()
+        ahead.want([first])
+        ahead.close()
+    fetch(third)
+    assert tars() == [first, third]
+
+
+def test_what_is_wanted_no_more_is_not_fetched_ahead(server, monkeypatch):
+    monkeypatch.setattr(cache, "_AT_ONCE", 0)  # nobody begins
+    tars = read_index(FAR, "train").tars
+    ahead = cache.ReadAhead()
+    ahead.want(tars[:2])
+    ahead.want(tars[1:4])
+    assert ahead._waiting == tars[1:4]
+
+
+def test_what_was_removed_and_is_wanted_still_is_fetched_ahead_again(server):
+    tars = read_index(FAR, "train").tars[:2]
+    ahead = cache.ReadAhead()
+
+    def comes() -> bool:
+        ahead.want(tars)
+        until = time.monotonic() + 20
+        while time.monotonic() < until and not all(tar.exists() for tar in tars):
+            time.sleep(0.01)
+        return all(tar.exists() for tar in tars)
+
+    try:
+        assert comes()
+        tars[1].unlink()
+        assert comes()
+    finally:
+        ahead.close()
+
+
 def test_the_part_of_a_killed_process_is_removed_for_room_and_not_taken_for_a_tar(server, monkeypatch):
     index = read_index(FAR, "train")
     part = index.tars[0].with_name(f".{index.tars[0].name}.part")
@@ -251,6 +379,16 @@ def test_captions_that_stay_in_tars_far_away_are_read_from_there(clip, here, ser
     assert module.caption_lengths(clip).counted == 8  # of one tar
     assert server.downloads() == ["train-00000.tar"]
     assert_same(*(without_groups(each) for each in (batches(module.train_dataloader()), expected)))
+    # A small source beside it changes nothing of that.
+    shutil.rmtree(cache_folder())
+    mirror.cache_clear()
+    del server.requests[:]
+    both = [SourceConfig(path=here, where="key < 'train000004'"), SourceConfig(path=FAR)]
+    module = WithClip(clip, config(window=100, sources=both))
+    small = len(module.train_index) - 53
+    assert 0 < small < 9
+    assert module.caption_lengths(clip).counted == small + 8
+    assert [name for name in server.downloads() if name.endswith(".tar")] == ["train-00000.tar"]
 
 
 def test_a_folder_of_img2dataset_far_away_is_indexed_once(foreign, server):  # noqa: F811
@@ -308,6 +446,9 @@ def test_a_corrupt_member_costs_that_sample_is_named_and_beyond_a_share_stops_th
         InputError, match=r"sample k13: .* more than data\.max_broken allows|sample k13: .*build or copy"
     ):
         batches(loader(clip, damaged, window=8, max_broken=0.0))
+    seen = loader(clip, damaged, window=8, max_broken=0.1)
+    for _ in range(4):  # what stands in for it is of the same tar, which is here
+        assert Counter(row // 8 for batch in batches(seen) for row in batch["row"].tolist()) == {0: 8, 1: 8}
 
 
 def test_a_changed_dataset_is_another_one_and_its_old_mirror_goes(damaged, server, tmp_path):
@@ -518,3 +659,34 @@ def test_two_ranks_see_the_batches_of_one_window_after_window(server, architectu
             losses.append([float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]])
     assert len(losses[0]) == 4
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)  # of other batches they differ in the first digit
+
+
+def test_two_machines_fetch_each_tar_of_an_epoch_once(server, architectures, tmp_path):
+    config = tiny_config(tmp_path / "run", FAR, architectures["tiny-vit"], AdapterConfig(kind="full"), steps=4)
+    config = replace(
+        config,
+        trainer=replace(config.trainer, strategy="ddp", devices=1, num_nodes=2, val_check_interval=4),
+        data=replace(config.data, batch_size=6, window=16),
+        keep=KeepConfig(interpolate=0),
+    )
+    (tmp_path / "config").write_bytes(pickle.dumps(config))
+    del server.requests[:]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    caches = [tmp_path / "first", tmp_path / "second"]
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-c", FIT, str(tmp_path / "config")],
+            env=os.environ
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": str(number)}
+            | {"CLIPTAILOR_CACHE": str(folder)},
+        )
+        for number, folder in enumerate(caches)
+    ]
+    assert [machine.wait(120) for machine in machines] == [0, 0]
+    assert (config.out / "finished.json").is_file()
+    trained = [{tar.name for tar in folder.rglob("train-*.tar")} for folder in caches]
+    assert set.union(*trained) == {f"train-{number:05d}.tar" for number in range(7)}
+    assert len(set.intersection(*trained)) <= 1  # the one in which their parts meet
+    fetched = [name for name in server.downloads() if name.startswith("train-") and name.endswith(".tar")]
+    assert len(fetched) == sum(map(len, trained))

@@ -7,20 +7,27 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
+from curate.clip import load_clip
 from curate.errors import InputError
 from curate.index import read_index
 from finetune import features
 from finetune.config import AdapterConfig, DataConfig, FitConfig, LossConfig, SourceConfig, TrainerConfig
-from finetune.features import Features, compute
-from finetune.fit import FEATURES, fit, plan
+from finetune.data import CLIPDataModule
+from finetune.features import Features, compute, key_of
+from finetune.fit import FEATURES, _prepare, fit, plan
+from finetune.module import CLIPModule
 from finetune.pixels import EvaluationView
 from finetune.plan import rows
+from finetune.sources import split_pairs
 from tests.finetune import tiny
 from tests.finetune.fitted import tiny_config
 
@@ -36,13 +43,13 @@ def plain_dataset(tmp_path_factory) -> Path:
 def opened(monkeypatch) -> list[int]:
     """How many images training decodes."""
     seen = [0]
-    plain = EvaluationView.__call__
+    plain = EvaluationView.prepare
 
-    def counted(self: EvaluationView, image: Any, seed: Any) -> torch.Tensor:
+    def counted(self: EvaluationView, content: bytes, seed: Any) -> Any:
         seen[0] += 1
-        return plain(self, image, seed)
+        return plain(self, content, seed)
 
-    monkeypatch.setattr(EvaluationView, "__call__", counted)
+    monkeypatch.setattr(EvaluationView, "prepare", counted)
     return seen
 
 
@@ -106,12 +113,54 @@ def test_later_runs_take_what_is_there_and_nothing_that_is_not_the_same(plain_da
         return int(told.rpartition(": ")[2].split()[0].replace("all", "0"))
 
     assert computed(replace(first, seed_everything=5)) == 24  # other weights
+    other = tmp_path / "tiny-vit.json"
+    told = json.loads(Path(architecture).read_text())
+    other.write_text(json.dumps(told | {"quick_gelu": not told.get("quick_gelu", False)}))
+    clip = replace(first.model.clip, name=str(other))
+    assert computed(replace(first, model=replace(first.model, clip=clip))) == 24  # the same weights
     assert computed(replace(first, trainer=replace(first.trainer, precision="bf16-mixed"))) == 24
     assert computed(first) == 0
     tar = plain_dataset / "shards" / "train-00000.tar"
     status = tar.stat()
     os.utime(tar, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert computed(first) == 24  # a file that was written anew
+
+
+def test_what_is_said_in_another_template_is_computed_again(plain_dataset, architectures, tmp_path):
+    def config(template: str, **data: Any) -> FitConfig:
+        source = SourceConfig(path=plain_dataset, templates=[template])
+        out = tmp_path / f"{template[:2]}{len(data)}"
+        return config_of(out, plain_dataset, architectures["tiny-vit"], "text", sources=[source], **data)
+
+    losses(config("a {}"))
+    (told,) = [text for label, text in rows(plan(config("the {}"))) if label == "locked"]
+    assert "24 of them computed once" in told
+    in_each_step = losses(config("the {}", cache_features="never"))
+    assert losses(config("the {}")) == pytest.approx(in_each_step, abs=1e-5)
+
+
+def test_embeddings_of_text_are_those_of_these_captions(plain_dataset, architectures):
+    """One that is written over by another of its length leaves the file as long, and maybe as old, as it was."""
+    model = load_clip(architectures["tiny-vit"], device="cpu").model
+    index = split_pairs(plain_dataset, "train")
+    said, names = index.table["captions"].to_pylist(), index.table.column_names
+    said[3] = [said[3][0].replace("circle", "square")]
+    column = pa.array(said, index.table.schema.field("captions").type)
+    other = replace(index, table=index.table.set_column(names.index("captions"), "captions", column))
+    assert key_of("text", model, other) != key_of("text", model, index)
+    assert key_of("image", model, other) == key_of("image", model, index)
+
+
+@pytest.mark.parametrize("other", [{"mean": (0.5, 0.5, 0.5)}, {"std": (0.3, 0.3, 0.3)}, {"interpolation": "bilinear"}])
+def test_what_is_preprocessed_in_another_way_is_computed_again(plain_dataset, architectures, tmp_path, other):
+    config = config_of(tmp_path / "run", plain_dataset, architectures["tiny-vit"])
+    module, data, trainer = _prepare(config)
+    data.trainer = trainer
+    data.setup()
+    kept = data.features(module, trainer)
+    assert kept == data.features(module, trainer)
+    module.clip.preprocess_cfg |= other
+    assert data.features(module, trainer).folder != kept.folder
 
 
 @pytest.mark.parametrize(
@@ -133,6 +182,20 @@ def test_what_is_random_or_not_wanted_is_not_kept_and_told(
     assert told in text
 
 
+def test_one_sample_with_several_captions_is_enough_for_none_to_be_kept(plain_dataset, architectures, tmp_path):
+    for colour in ("red", "blue", "green"):
+        (tmp_path / f"{colour}.png").write_bytes(tiny.picture(colour, "circle", 0))
+    table = tmp_path / "pairs.csv"
+    one_each = "image,caption\nred.png,a red disc\nblue.png,a blue disc\ngreen.png,a green disc\n"
+    sources = [SourceConfig(path=table)]
+    config = config_of(tmp_path / "run", plain_dataset, architectures["tiny-vit"], "text", sources=sources)
+    table.write_text(one_each)
+    assert dict(rows(plan(config)))["locked"].startswith("text tower, 3 embeddings kept in ")
+    table.write_text(f"{one_each}red.png,fire\n")
+    told = "text tower, computed in each step: a sample has several captions, of which one is drawn"
+    assert dict(rows(plan(config)))["locked"].startswith(told)
+
+
 def test_a_short_run_and_a_full_disk_keep_nothing(plain_dataset, architectures, tmp_path, monkeypatch):
     config = config_of(tmp_path / "run", plain_dataset, architectures["tiny-vit"])
     short = replace(config, trainer=replace(config.trainer, max_steps=2))
@@ -141,10 +204,21 @@ def test_a_short_run_and_a_full_disk_keep_nothing(plain_dataset, architectures, 
     assert "no room" in dict(rows(plan(config)))["locked"]
 
 
+def test_devices_see_a_set_together(plain_dataset, architectures, tmp_path):
+    config = config_of(tmp_path / "run", plain_dataset, architectures["tiny-vit"])
+    module = CLIPModule(config.model.clip, config.model.adapter)
+    trainer = lightning.Trainer(
+        accelerator="cpu", strategy="ddp", devices=2, max_epochs=1, logger=False, enable_checkpointing=False
+    )
+    for rank in (0, 1):  # each sees half of it
+        data = CLIPDataModule(config.data, features=tmp_path / "features")
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank, num_nodes=1, lightning_module=module)
+        data.setup()
+        assert data.locked_tower(module, trainer) == ("image", None)
+
+
 def test_the_start_of_a_distillation_takes_them_too(plain_dataset, architectures, tmp_path):
     torch.manual_seed(0)
-    from curate.clip import load_clip
-
     torch.save(load_clip(architectures["tiny-vit"], device="cpu").model.state_dict(), tmp_path / "w.pt")
 
     def held(name: str, keep: str) -> FitConfig:
@@ -197,3 +271,7 @@ def test_of_an_image_that_cannot_be_read_another_sample_s_embedding_is_taken(arc
         assert all(f"{index.tars[tar]}: sample {key}" in line for line in told)
     with pytest.raises(InputError, match=r"data\.max_broken allows"):
         fit(config_of(tmp_path / "third", dataset, architectures["tiny-vit"], max_broken=0.01))
+    fresh = config_of(tmp_path / "fresh" / "run", dataset, architectures["tiny-vit"], max_broken=0.01)
+    with pytest.raises(InputError, match=r"data\.max_broken allows"):
+        fit(fresh)
+    assert not list(fresh.out.parent.rglob("*.npy"))  # while they were computed

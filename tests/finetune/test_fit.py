@@ -13,6 +13,7 @@ import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import numpy as np
@@ -21,7 +22,15 @@ import torch
 
 from curate.errors import Busy, ConfigError, InputError
 from finetune import folder
-from finetune.checkpoints import AtomicCheckpointIO, Interrupted, KeepBest, KeepLast, random_state, set_random_state
+from finetune.checkpoints import (
+    AtomicCheckpointIO,
+    Interrupted,
+    KeepBest,
+    KeepLast,
+    RandomState,
+    random_state,
+    set_random_state,
+)
 from finetune.config import (
     AdapterConfig,
     ClipConfig,
@@ -33,9 +42,10 @@ from finetune.config import (
     OptimizerConfig,
     TrainerConfig,
 )
-from finetune.fit import fit
+from finetune.fit import _prepare, fit
 from finetune.loggers import MetricsFile
 from finetune.module import CLIPModule
+from finetune.runs import run_config
 from finetune.schedule import Schedule
 from tests.finetune import tiny
 
@@ -138,6 +148,16 @@ def test_the_best_checkpoint_is_the_one_with_the_best_monitored_metric(unbroken)
     assert values[best["global_step"] - 1] == max(values.values())
 
 
+def test_of_a_loss_the_best_is_the_lowest(short, tmp_path):
+    asked = EvaluateConfig(monitor="val/loss")
+    trainer = replace(short.trainer, max_epochs=1, val_check_interval=2)
+    fit(replace(short, out=tmp_path, evaluate=asked, trainer=trainer))
+    with (tmp_path / "metrics.csv").open() as file:
+        values = {int(row["step"]): float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]}
+    best = loaded(tmp_path / "checkpoints" / "best.ckpt")
+    assert values[best["global_step"] - 1] == min(values.values()) < max(values.values())
+
+
 # --- going on ---------------------------------------------------------------------------------------------------------
 
 
@@ -162,6 +182,23 @@ def test_a_run_that_died_right_after_a_checkpoint_has_the_rows_of_the_unbroken_o
                 raise ZeroDivisionError
 
         patch.setattr(KeepLast, "save", save_and_die)
+        with pytest.raises(ZeroDivisionError):
+            fit(replace(config, out=tmp_path))
+    assert fit(replace(config, out=tmp_path)).resumed
+    assert_same_run(tmp_path, unbroken)
+
+
+def test_a_run_that_died_in_a_validation_has_its_row_all_the_same(config, unbroken, tmp_path):
+    """It follows a step after which there is a checkpoint to be saved."""
+    with pytest.MonkeyPatch.context() as patch:
+        step = CLIPModule.validation_step
+
+        def dies(self, batch, batch_idx):
+            if self.trainer.global_step == 15:
+                raise ZeroDivisionError
+            return step(self, batch, batch_idx)
+
+        patch.setattr(CLIPModule, "validation_step", dies)
         with pytest.raises(ZeroDivisionError):
             fit(replace(config, out=tmp_path))
     assert fit(replace(config, out=tmp_path)).resumed
@@ -435,7 +472,57 @@ def test_no_checkpoint_is_taken_between_the_batches_of_one_step(short, tmp_path)
     assert_equal(weights(broken.out), weights(unbroken.out))
 
 
+def test_no_checkpoint_is_taken_after_a_validation_between_the_batches_of_one_step(short, tmp_path):
+    data = replace(short.data, batch_size=8)  # 5 batches: 2, 2 and 1; the second validation is after 3 of the next 5
+    trainer = replace(short.trainer, accumulate_grad_batches=2, val_check_interval=2)
+    unbroken = replace(short, out=tmp_path / "unbroken", trainer=trainer, data=data)
+    fit(unbroken)
+    broken = replace(unbroken, out=tmp_path / "broken")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 9, ZeroDivisionError)  # the batch after it, the second of its step
+        with pytest.raises(ZeroDivisionError):
+            fit(broken)
+    assert fit(broken).resumed
+    assert_equal(weights(broken.out), weights(unbroken.out))
+    assert (broken.out / "metrics.csv").read_text() == (unbroken.out / "metrics.csv").read_text()
+
+
 # --- what is there already --------------------------------------------------------------------------------------------
+
+
+def test_without_a_val_split_a_validation_that_is_due_keeps_no_checkpoint_from_being_taken(short, tmp_path):
+    bare = tiny.write_dataset(tmp_path / "data", train=40, val=0, retain=0)
+    trainer = replace(short.trainer, max_epochs=1, val_check_interval=2)
+    data = replace(short.data, dataset=bare, replay=0.0)
+    run = replace(short, out=tmp_path / "run", trainer=trainer, data=data, checkpoint_every_n_steps=2)
+    saved, save = [], KeepLast.save
+
+    def noting(self, trainer):
+        saved.append(trainer.global_step)
+        save(self, trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KeepLast, "save", noting)
+        fit(run)
+    assert saved == [2, 4, 6, 8]
+
+
+def test_another_rank_does_not_look_at_what_rank_0_is_about_to_forget(config, unbroken, monkeypatch):
+    started: list[Path | None] = []
+    monkeypatch.setattr("finetune.fit._run", lambda _, start, **__: started.append(start))
+    monkeypatch.setenv("RANK", "1")
+    fit(replace(config, out=unbroken), restart=True)
+    assert started == [None]
+    assert (unbroken / "finished.json").is_file()  # which is rank 0's to remove
+
+
+def test_validations_are_so_many_steps_apart_however_many_batches_a_step_has(short, tmp_path):
+    trainer = replace(short.trainer, max_epochs=1, accumulate_grad_batches=2, val_check_interval=2, log_every_n_steps=1)
+    run = replace(short, out=tmp_path / "run", trainer=trainer)
+    fit(run)
+    with (run.out / "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["val/loss"]]
+    assert steps == [1, 3]  # of 4, counted from 0
 
 
 def test_a_finished_run_says_so_and_does_nothing(config, unbroken, caplog):
@@ -463,6 +550,23 @@ def test_another_dataset_in_the_same_folder_is_refused(config, unbroken, tmp_pat
         fit(replace(config, out=unbroken, data=replace(config.data, dataset=other)))
 
 
+@pytest.mark.parametrize("other", ["weights", "val"])
+def test_over_other_weights_or_another_val_split_a_run_does_not_go_on(config, tmp_path, other):
+    dataset = tiny.write_dataset(tmp_path / "data", train=4, val=4, retain=0)
+    start = tmp_path / "w.pt"
+    start.write_bytes(b"some weights")
+    model = replace(config.model, clip=replace(config.model.clip, pretrained=str(start)))
+    config = replace(config, out=tmp_path / "run", model=model, data=replace(config.data, dataset=dataset, replay=0.0))
+    folder.begin(config)
+    folder.begin(config, goes_on=True)
+    if other == "weights":
+        start.write_bytes(b"other weights")
+    else:
+        tiny.write_split(dataset, "val", 4, first=8)
+    with pytest.raises(ConfigError, match=rf"an earlier run was made with something else: {other} was"):
+        folder.begin(config, goes_on=True)
+
+
 def test_a_run_may_have_moved_and_knows_its_best_still(config, unbroken, tmp_path):
     moved = shutil.copytree(unbroken, tmp_path / "moved")
     best = loaded(moved / "checkpoints" / "last.ckpt")["callbacks"]
@@ -478,8 +582,9 @@ def test_a_run_may_have_moved_and_knows_its_best_still(config, unbroken, tmp_pat
 
 
 def test_the_same_dataset_may_have_moved(config, unbroken, dataset, tmp_path):
-    moved = shutil.copytree(dataset, tmp_path / "moved")
-    assert fit(replace(config, out=unbroken, data=replace(config.data, dataset=moved))).finished_before
+    run, moved = shutil.copytree(unbroken, tmp_path / "run"), shutil.copytree(dataset, tmp_path / "moved")
+    assert fit(replace(config, out=run, data=replace(config.data, dataset=moved))).finished_before
+    assert run_config(run).data.dataset == moved  # where `finetune validate` looks
 
 
 def test_restart_begins_anew_and_leaves_foreign_files(config, unbroken, tmp_path):
@@ -533,6 +638,28 @@ def test_two_processes_train_to_the_weights_of_one_with_the_whole_batch(config, 
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
+
+
+def test_the_seed_decides_the_random_weights_and_the_order(short, tmp_path):
+    starts, batches = [], []
+    for seed in (5, 5, 0):
+        module, data, _ = _prepare(replace(short, out=tmp_path, seed_everything=seed))
+        data.setup()
+        starts.append(module.model.visual.proj)
+        batches.append(data.schedule.batch(0, 0))
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+    assert batches[0] == batches[1] != batches[2]
+
+
+def test_only_deterministic_algorithms_are_a_wish_that_is_heard(short, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # Lightning sets it
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        _prepare(replace(short, out=tmp_path, trainer=replace(short.trainer, deterministic=True)))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_metric_that_nothing_measures_is_refused_with_the_nearest(config, tmp_path):
@@ -596,6 +723,33 @@ def test_random_states_come_back_through_a_safely_loaded_file(tmp_path):
     draw()
     set_random_state(loaded(tmp_path / "state.pt"))
     assert draw() == expected
+
+
+def test_a_checkpoint_has_the_random_state_of_each_rank_and_each_gets_its_own(monkeypatch):
+    def drawn() -> float:
+        return torch.rand(()).item()
+
+    states, expected = [], []
+    for seed in (5, 6):
+        lightning.seed_everything(seed, verbose=False)
+        states.append(random_state())
+        expected.append(drawn())
+
+    def gather(every: list, mine: dict) -> None:
+        every[:] = [mine, states[1]]
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    set_random_state(states[0])
+    saved = RandomState().state_dict()
+    for rank in (1, 0):
+        restored, trainer = RandomState(), SimpleNamespace(global_rank=rank)
+        restored.load_state_dict(saved)
+        restored.on_train_batch_start(trainer)
+        assert drawn() == expected[rank]
+        restored.on_train_batch_start(trainer)  # the next step goes on
+        assert drawn() != expected[rank]
 
 
 def test_metrics_go_on_where_the_run_was_taken_up_again(tmp_path):

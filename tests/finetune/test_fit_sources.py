@@ -15,6 +15,7 @@ from finetune.cli import main
 from finetune.export import export
 from tests.finetune import tiny
 from tests.finetune.fitted import wait_until_free
+from tests.finetune.test_batches import with_embeddings
 from tests.finetune.warm import Warm, warm
 
 LONG = " ".join(["word"] * 30)
@@ -100,3 +101,13 @@ def test_a_mistake_in_a_source_is_one_line(folder, tmp_path, monkeypatch, capsys
     assert said[-1].startswith("finetune: wrong.yaml:")
     assert told in said[-1]
     assert len(said) <= 3
+
+
+def test_ranks_agree_on_hard_negatives_of_which_the_first_has_planned(tmp_path, architectures, command):
+    dataset = tiny.write_dataset(tmp_path / "dataset", train=32, val=8, retain=0)
+    with_embeddings(dataset, [f"train{number:06d}" for number in range(32)])
+    clip = f"--model.clip.name {architectures['tiny-vit']} --model.clip.pretrained null"
+    data = f"--data.dataset {dataset} --data.batches hard_negatives --data.batch_size 4 --data.num_workers 0"
+    trainer = "--trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp --trainer.max_steps 2"
+    done = command(tmp_path, f"fit --out run {clip} {data} {trainer}".split(), ranks=2)
+    assert done.status == 0, done.error

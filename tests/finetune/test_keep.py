@@ -23,8 +23,9 @@ from finetune.config import TOWERS, AdapterConfig, ClipConfig, FitConfig, KeepCo
 from finetune.evaluate import Evaluation, Ranking
 from finetune.export import export
 from finetune.fit import fit
-from finetune.interpolate import END, START, Alpha, Point, choose, grid, interpolated, save
+from finetune.interpolate import END, START, Alpha, Point, choose, grid, interpolated, plain_copy, save
 from finetune.keep import Goal, goal
+from finetune.module import CLIPModule
 from finetune.runs import INTERPOLATED, checkpoint_of, load_module, load_trained_clip
 from tests.finetune.fitted import tiny_config
 
@@ -286,6 +287,19 @@ with torch.no_grad():
     for a, b, c in zip(by_peft, by_open_clip, expected, strict=True):
         torch.testing.assert_close(a, c, rtol=0, atol=1e-5)
         torch.testing.assert_close(b, c, rtol=0, atol=1e-5)
+
+
+def test_what_is_interpolated_can_be_loaded_whatever_was_locked(tmp_path, architectures):
+    """A ResNet's tower has no blocks that could be computed twice; while it is locked, nobody asks for that."""
+    start = load_clip(architectures["tiny-resnet"], device="cpu")
+    clip = {"name": architectures["tiny-resnet"], "pretrained": None}
+    made = CLIPModule(clip, {"kind": "full", "lock": ["image"]}, compute={"gradient_checkpointing": True})
+    save(tmp_path / "clip.ckpt", start, plain_copy(made.clip), Alpha(0.5, 0.5), dict(made.hparams))
+    loaded = load_trained_clip(tmp_path / "clip.ckpt").model.state_dict()
+    between = interpolated(start.model.state_dict(), plain_copy(made.clip).model.state_dict(), Alpha(0.5, 0.5))
+    assert loaded.keys() == between.keys()
+    for name, weight in between.items():
+        torch.testing.assert_close(loaded[name], weight, msg=name)
 
 
 def test_nothing_is_interpolated_where_nothing_is_kept(tmp_path, dataset, start, architectures):

@@ -84,6 +84,48 @@ def test_a_label_that_the_file_does_not_have_is_an_error(tmp_path, classes, labe
         zero_shot_set("x", ZeroShotConfig(images=tmp_path / "t.csv", classes=tmp_path / "classes.txt"))
 
 
+def test_numbers_that_are_names_of_classes_are_names(tmp_path):
+    """Folders 1, 2 and 10, and the classes as `ls` sorts them."""
+    for number, name in enumerate(("1", "2", "10")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "x.png").write_bytes(tiny.picture(tiny.COLOURS[number], "circle", number))
+    (tmp_path / "classes.txt").write_text("1\n10\n2\n")
+    found = zero_shot_set("x", ZeroShotConfig(images=tmp_path / "images", classes=tmp_path / "classes.txt"))
+    assert [found.classes[label] for label in found.labels] == ["1", "10", "2"]
+
+
+def test_two_classes_of_one_name_are_told_and_labels_by_it_refused(tmp_path, caplog):
+    pictures(tmp_path, 3)
+    (tmp_path / "classes.txt").write_text("crane\nlift\ncrane\n")
+    config = ZeroShotConfig(images=tmp_path / "labels.csv", classes=tmp_path / "classes.txt")
+    (tmp_path / "labels.csv").write_text("image,label\n0.png,2\n1.png,1\n2.png,0\n")
+    assert zero_shot_set("x", config).labels == [2, 1, 0]
+    assert "two classes are called 'crane': nothing can tell them apart by their text" in caplog.text
+    (tmp_path / "labels.csv").write_text("image,label\n0.png,crane\n1.png,lift\n")
+    with pytest.raises(InputError, match="there are two classes 'crane', and labels by that name; give numbers"):
+        zero_shot_set("x", config)
+    (tmp_path / "labels.csv").write_text("image,label\n0.png,lift\n1.png,lift\n")
+    assert zero_shot_set("x", config).labels == [1, 1]
+
+
+def test_where_no_image_is_labelled_the_folder_is_named(tmp_path):
+    (tmp_path / "flat").mkdir()
+    pictures(tmp_path / "flat", 2)
+    (tmp_path / "t.csv").write_text("image,label\n")
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    for name in ("flat", "t.csv"):
+        for classes in (tmp_path / "classes.txt", None):
+            config = ZeroShotConfig(images=tmp_path / name, classes=classes)
+            with pytest.raises(InputError, match=f"{name}: no labelled image; expected a sub-folder a class, or a lab"):
+                zero_shot_set("x", config)
+
+
+def test_a_table_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "t.csv").write_bytes("image,label\n0.png,café\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"t\.csv: cannot be read \(.*\); expected a CSV file in UTF-8"):
+        zero_shot_set("x", ZeroShotConfig(images=tmp_path / "t.csv"))
+
+
 # --- torchvision -----------------------------------------------------------------------------------------------------
 
 
@@ -218,10 +260,21 @@ def test_a_name_that_is_no_list_is_an_error():
     assert templates_of("one {} alone") == ["one {} alone"]
 
 
+def test_more_shots_than_there_are_images_are_told_and_left_out(tmp_path, caplog):
+    train, test = (ZeroShotConfig(images=labelled_folder(tmp_path / name, each=4)) for name in ("train", "test"))
+    (tmp_path / "train" / "red" / "0.png").unlink()
+    assert probe_set("x", ProbeConfig(train=train, test=test, shots=[2, 4, 5])).shots == (2, 4)
+    assert "probe.x.train: no class has more than 4 images: 5_shot is left out" in caplog.text
+
+
 def test_the_splits_of_a_probe_have_the_same_classes(tmp_path):
     folders = [labelled_folder(tmp_path / name) for name in ("train", "test")]
     train, test = (ZeroShotConfig(images=folder) for folder in folders)
     assert probe_set("x", ProbeConfig(train=train, test=test)).train.classes == sorted(tiny.COLOURS)
+    (tmp_path / "other.txt").write_text("\n".join(sorted(tiny.COLOURS, reverse=True)))
+    turned = ZeroShotConfig(images=folders[0], classes=tmp_path / "other.txt")
+    with pytest.raises(InputError, match=r"probe\.x\.train: not in the order of probe\.x\.test; name them all"):
+        probe_set("x", ProbeConfig(train=turned, test=test))
     (folders[0] / "red").rename(folders[0] / "rot")
     with pytest.raises(InputError, match=r"probe\.x\.train: other classes than probe\.x\.test, such as 're?o?[dt]'"):
         probe_set("x", ProbeConfig(train=train, test=test))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import textwrap
@@ -9,6 +10,7 @@ import lightning
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 
 from curate.clip import load_clip
@@ -16,6 +18,7 @@ from curate.errors import ConfigError
 from finetune import CLIPDataModule, CLIPModule
 from finetune.config import AdapterConfig, ClipConfig, LossConfig, OptimizerConfig
 from finetune.losses import contrastive_loss, positives
+from finetune.start import Start
 from tests.finetune.tiny import plain_state_dict
 
 pytestmark = [
@@ -155,6 +158,34 @@ def test_the_temperature_stays_in_its_bounds_in_training(architectures, dataset,
     module.model.logit_scale.data.fill_(4.60)
     trainer(tmp_path).fit(module, CLIPDataModule(dataset=dataset, batch_size=8, num_workers=0))
     assert 0 <= module.model.logit_scale.item() <= torch.tensor(100.0).log().item() + 1e-6
+
+
+def test_a_step_does_not_raise_the_temperature_over_its_bound(architectures, dataset, tmp_path):
+    module = CLIPModule({"name": architectures["tiny-vit"], "pretrained": None}, None, None, {"lr": 1.0, "warmup": 0.0})
+    module.model.logit_scale.data.fill_(4.60)
+    module.losses = lambda *_, **__: {"contrastive": -module.model.logit_scale}  # the higher the better
+    data = CLIPDataModule(dataset=dataset, batch_size=8, num_workers=0)
+    trainer(tmp_path, max_epochs=None, max_steps=1, limit_val_batches=0).fit(module, data)
+    assert module.model.logit_scale.item() == pytest.approx(math.log(100))
+
+
+def test_the_loss_is_computed_in_float32_where_the_towers_are_not(architectures):
+    loss = LossConfig(distill_feature=1.0, distill_logit=1.0)
+    module = CLIPModule({"name": architectures["tiny-vit"], "pretrained": None})
+    module.loss, module.start = loss, Start(module.model)
+    now, start = (embeddings(16, seed) for seed in (0, 1))
+    plain = module.losses(now, None, start=start)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = module.losses(now, None, start=start)
+    assert plain.keys() == mixed.keys() == {"contrastive", "distill_feature", "distill_logit"}
+    for name, value in plain.items():
+        assert mixed[name].item() == pytest.approx(value.item(), abs=1e-6), name
+
+
+def embeddings(size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    image, text = (normalize(torch.randn(size, 16, generator=random), dim=-1) for _ in range(2))
+    return image, text
 
 
 def test_metrics_have_their_names(architectures, dataset, tmp_path):

@@ -9,6 +9,7 @@ from finetune.adapters import adapt
 from finetune.config import AdapterConfig, OptimizerConfig
 from finetune.optim import adamw, clamp_logit_scale, learning_rate, parameter_groups, schedule, total_steps
 from tests.finetune.test_attention import build
+from tests.finetune.test_variants import siglip
 
 
 def names(model, group) -> set[str]:
@@ -34,6 +35,19 @@ def test_matrices_decay_and_biases_norms_embeddings_and_the_temperature_do_not()
     } <= free
     assert decayed | free == {name for name, _ in model.named_parameters()}
     assert not decayed & free
+
+
+def test_the_query_of_an_attention_pool_and_the_lengths_of_dora_do_not_decay():
+    """They have as many axes as a matrix, or as a kernel."""
+    dora = build("tiny-resnet")
+    adapt(dora, AdapterConfig(variant="dora", rank=2, targets=["conv"]))
+    for model, kind in ((siglip(), "latent"), (dora, "lora_magnitude")):
+        found = [(name, parameter) for name, parameter in model.named_parameters() if kind in name]
+        assert any(parameter.ndim > 1 for _, parameter in found)
+        groups = parameter_groups(model, OptimizerConfig(weight_decay=0.2))
+        (free,) = [group for group in groups if group["name"] == "image, no decay"]
+        assert {name for name, _ in found} <= names(model, free)
+        assert free["weight_decay"] == 0
 
 
 def test_what_is_not_trained_is_in_no_group_and_an_empty_group_is_left_out():
@@ -77,7 +91,7 @@ def test_the_schedule_sets_these_rates_in_every_group():
     config = OptimizerConfig(lr=1e-3, warmup=0.3)
     model = build("tiny-vit")
     optimizer = adamw(model, config)
-    scheduler = schedule(optimizer, 10, config)
+    scheduler = schedule(optimizer, lambda: 10, config)
     for step in range(10):
         assert all(g["lr"] == pytest.approx(learning_rate(step, 10, config)) for g in optimizer.param_groups)
         optimizer.step()
@@ -103,7 +117,7 @@ def test_each_parameter_gets_its_tower_s_rate_times_the_decay_of_its_depth_at_ev
     config = OptimizerConfig(lr=1e-3, image_lr=4e-3, layer_decay=0.5, warmup=0.2, schedule="linear")
     model = build("tiny-vit")
     optimizer = adamw(model, config)
-    scheduler = schedule(optimizer, 10, config)
+    scheduler = schedule(optimizer, lambda: 10, config)
     by_hand = {  # two blocks: the stem stands three steps below the head
         "visual.proj": 4e-3, "visual.transformer.resblocks.1.mlp.c_fc.weight": 2e-3,
         "visual.transformer.resblocks.0.mlp.c_fc.bias": 1e-3, "visual.conv1.weight": 5e-4,

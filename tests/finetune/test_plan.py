@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shutil
 from dataclasses import replace
 
 import lightning
@@ -18,7 +19,7 @@ from finetune.config import AdapterConfig, ClipConfig, DataConfig, ModelConfig, 
 from finetune.data import CLIPDataModule
 from finetune.fit import fit, plan
 from finetune.module import CLIPModule
-from finetune.plan import Group, _few, activation_bytes, estimate_memory, make_plan, rows, size, tell
+from finetune.plan import Group, _few, activation_bytes, checkpoint_bytes, estimate_memory, make_plan, rows, size, tell
 from tests.finetune import tiny
 from tests.finetune.fitted import tiny_config
 
@@ -155,6 +156,21 @@ def test_training_does_what_the_plan_says(tmp_path, dataset, architectures, caps
     facts = json.loads((config.out / "evaluation.json").read_text())["facts"]
     assert (facts["trainable_parameters"], facts["total_parameters"]) == (made.trainable, made.total)
     assert told.startswith("plan: data")
+    sizes = [path.stat().st_size for path in (config.out / "checkpoints").glob("*.ckpt")]
+    assert checkpoint_bytes(made) == pytest.approx(max(sizes), rel=0.05)
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_disk_without_room_for_the_checkpoints_is_told(ema, tmp_path, dataset, architectures, monkeypatch):
+    full = tiny_config(tmp_path / "run", dataset, architectures["tiny-vit"], AdapterConfig(kind="full"))
+    model = replace(full.model, optimizer=OptimizerConfig(ema=ema))
+    made = plan(replace(full, model=model))
+    assert checkpoint_bytes(made) == pytest.approx(made.memory.weights * (4 if ema else 3), rel=1e-3)
+    there = shutil.disk_usage(tmp_path)
+    for free, told in ((4 * checkpoint_bytes(made), ""), (1_000_000, ": but only 1 MB are free there")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: there._replace(free=free))
+        expected = f"{full.out}, checkpoints of up to {size(4 * checkpoint_bytes(made))} at once{told}"
+        assert dict(rows(made))["writes"] == expected
 
 
 def test_very_many_groups_are_shown_as_a_few_that_keep_all_parameters():

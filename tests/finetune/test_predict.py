@@ -6,18 +6,21 @@ import csv
 import io
 import json
 import logging
+import os
 from pathlib import Path
 
+import open_clip
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from curate.clip import Clip, load_clip
-from curate.errors import ConfigError, InputError, UnwantedResult
+from curate.errors import ConfigError, InputError, ModelError, UnwantedResult
 from finetune.embedding import find_pictures
 from finetune.predict import predict, table_rows, write_csv, write_embeddings, write_json, write_predictions
 from finetune.prompts import openai_imagenet_templates
+from finetune.runs import load_named
 from finetune.tables import prediction_table
 from tests.finetune.fitted import labelled_folder
 
@@ -92,6 +95,16 @@ def test_a_text_that_is_cut_is_told(clip, folder, caplog):
     ]
 
 
+def test_weights_of_an_architecture_with_a_name_are_one_word(clip, architectures, tmp_path, caplog):
+    torch.save(clip.model.state_dict(), tmp_path / "epoch_3.pt")
+    open_clip.add_model_config(architectures["tiny-vit"])
+    found = load_named(f"tiny-vit/{tmp_path / 'epoch_3.pt'}", "cpu")
+    assert torch.equal(found.embed_captions(QUERIES), clip.embed_captions(QUERIES))
+    with pytest.raises(ModelError):  # a head of 32: none of OpenAI's
+        load_named(str(tmp_path / "epoch_3.pt"), "cpu")
+    assert f"Was it trained with GELU? Then say its architecture, too: ViT-B-32/{tmp_path}" in caplog.text
+
+
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
@@ -102,6 +115,19 @@ def test_files_and_folders_are_taken_in_order_and_hidden_ones_left_out(folder, t
     (tmp_path / "notes.txt").write_text("x")
     names = find_pictures([folder / "red" / "1.png", tmp_path]).names
     assert names == [str(folder / "red" / "1.png"), str(tmp_path / "one.PNG")]
+
+
+def test_a_folder_named_like_an_image_is_none(folder, tmp_path):
+    (tmp_path / "a.png").mkdir()
+    (tmp_path / "a.png" / "one.png").write_bytes((folder / "red" / "0.png").read_bytes())
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    assert find_pictures([tmp_path]).names == [str(tmp_path / "a.png" / "one.png"), str(tmp_path / "gone.png")]
+
+
+def test_a_dataset_beside_something_else_is_refused(folder, dataset):
+    for paths in ([dataset, folder], [folder, dataset], [dataset, dataset]):
+        with pytest.raises(ConfigError, match=f"images: {dataset} is a dataset; give it alone, or folders and files"):
+            find_pictures(paths)
 
 
 def test_a_dataset_is_predicted_by_key(clip, dataset):
@@ -161,6 +187,19 @@ def test_csv_and_parquet_hold_every_logit_and_probability_best_first(clip, folde
     file = io.StringIO()
     write_csv([found], file)
     assert file.getvalue() == (tmp_path / "new" / "found.csv").read_text()
+
+
+def test_a_file_name_that_is_not_utf_8_is_written_in_ascii(clip, folder, tmp_path):
+    (tmp_path / "images").mkdir()
+    odd = tmp_path / "images" / os.fsdecode(b"caf\xe9.png")
+    odd.write_bytes(next(folder.rglob("*.png")).read_bytes())
+    pictures = find_pictures([tmp_path / "images"])
+    write_predictions(predict(clip, pictures, QUERIES), tmp_path / "found.csv")
+    assert "caf\\udce9.png" in (tmp_path / "found.csv").read_text(encoding="utf-8")
+    write_predictions(predict(clip, pictures, QUERIES), tmp_path / "found.parquet")
+    write_embeddings(clip, pictures, tmp_path / "embeddings.parquet", batch_size=1)
+    for name in ("found", "embeddings"):
+        assert pq.read_table(tmp_path / f"{name}.parquet")["image"][0].as_py() == f"{tmp_path}/images/caf\\udce9.png"
 
 
 def test_json_is_a_list_of_images(clip, folder):

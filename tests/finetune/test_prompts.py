@@ -10,6 +10,7 @@ from curate.clip import load_clip
 from curate.errors import ConfigError
 from finetune.labelled import class_name
 from finetune.prompts import openai_imagenet_templates, prompts, zero_shot_classifier
+from finetune.templates import known
 
 
 def test_class_embeddings_are_the_normalised_mean_of_normalised_prompt_embeddings():
@@ -25,6 +26,12 @@ def test_class_embeddings_are_the_normalised_mean_of_normalised_prompt_embedding
     for place, own in enumerate((raw[:3], raw[3:])):
         mean = own.mean(0)
         assert torch.allclose(classifier[place], mean / mean.norm(), atol=1e-6)
+
+
+def test_a_list_of_templates_is_named_too(architectures):
+    clip = load_clip(architectures["tiny-vit"], device="cpu")
+    by_name = zero_shot_classifier(clip.embed_captions, ["cat", "dog"], ["cifar10"])
+    assert torch.equal(by_name, zero_shot_classifier(clip.embed_captions, ["cat", "dog"], known()["cifar10"]))
 
 
 def test_it_equals_open_clips_classifier(architectures):

@@ -183,6 +183,21 @@ def test_each_kind_of_curve_has_a_plot_with_its_names(tmp_path):
     assert "val/loss" in curves
 
 
+def test_no_plot_has_more_curves_than_there_are_colours():
+    metrics = ("recall@1", "recall@5", "recall@10", "map", "median_rank")
+    directions = ("image_to_text", "text_to_image")
+    retrieval = {f"flowers/{direction}/{metric}": 0.5 for direction in directions for metric in metrics}
+    alarms = {f"train/{tower}_{figure}": 0.5 for tower in ("image", "text") for figure in ("rank", "spread")}
+    curves = report._plots({name: [(0, value), (1, value)] for name, value in (retrieval | alarms).items()})
+    assert {plot["title"]: len(plot["names"]) for plot in curves} == {
+        "Effective rank in a batch": 2,
+        "Spread in a batch": 2,
+        "Retrieval: flowers, image to text": 4,
+        "Retrieval: flowers, text to image": 4,
+        "Retrieval: flowers, median_rank": 2,
+    }
+
+
 def test_a_long_curve_is_thinned_to_means_that_keep_its_shape():
     points = [(float(n), math.sin(n / 500)) for n in range(10_000)]
     thinned = report.thin(points, 300)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -101,6 +102,33 @@ def test_a_killed_sharded_run_goes_on_from_its_checkpoint(runs, dataset, archite
     assert done.status == 0, done.error[-3000:]
     assert "going on from" in done.error
     assert_close(weights(runs / "again"), weights(runs / "fsdp2"), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_another_strategys_checkpoint_is_gone_on_with(dataset, architectures, command, tmp_path, kind):
+    """Its moments belong to the same weights, and the rate falls over the steps left, of any size."""
+    given = [dataset, architectures["tiny-vit"], "--model.adapter.kind", kind, "--trainer.devices", "1"]
+    epochs = ["--trainer.max_steps", "-1", "--trainer.max_epochs", "2", "--checkpoint_every_n_steps", "4"]
+
+    def run(name: str, *options: str) -> list[str]:
+        done = command(tmp_path, [*words_of(tmp_path, name, *given), *epochs, *options])
+        assert done.status == 0, done.error[-3000:]
+        with (tmp_path / name / "metrics.csv").open() as file:
+            return [row["lr-AdamW"] for row in csv.DictReader(file) if row["lr-AdamW"]]
+
+    often = ["--trainer.log_every_n_steps", "1"]
+    run("whole", *often)
+    previous = tmp_path / "whole" / "checkpoints" / "previous.ckpt"
+    taken = ["--ckpt_path", str(previous), *often]
+    assert 0 < torch.load(previous, weights_only=True)["global_step"] < 10  # noqa: TID251 - our own
+    run("sharded", *taken, "--trainer.strategy", "fsdp2")
+    assert_close(weights(tmp_path / "sharded"), weights(tmp_path / "whole"), atol=1e-4)
+    rates = [
+        run(f"{strategy}-smaller", *taken, "--data.batch_size", "4", "--trainer.strategy", strategy)
+        for strategy in ("auto", "fsdp2")
+    ]
+    assert rates[0] == rates[1]
+    assert 0 < float(rates[0][-1]) < float(rates[0][-4])
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])

@@ -23,7 +23,7 @@ from curate.errors import ConfigError, InputError
 from finetune.config import DataConfig, SourceConfig
 from finetune.data import CLIPDataModule, data_fingerprint
 from finetune.schedule import Draw, Passes, Schedule
-from finetune.sources import caption_lengths, drawn_caption, read_source, training_set
+from finetune.sources import _content, caption_lengths, drawn_caption, read_source, training_set
 from tests.finetune import tiny
 
 COLOURS = tiny.COLOURS[:4]
@@ -101,6 +101,21 @@ def test_parquet_with_a_list_of_captions_and_named_columns(images):
     assert pairs_of(index) == expected(*([c, f"{c}!"] for c in COLOURS))
 
 
+def test_captions_of_which_one_is_no_text_are_texts(images):
+    for captions in (["a", 7], [["a", 7], ["b"]]):
+        lines = [json.dumps({"image": f"{c}.png", "caption": said}) for c, said in zip(COLOURS, captions, strict=False)]
+        (images / "pairs.jsonl").write_text("\n".join(lines))
+        said = [["a"], ["7"]] if captions[1] == 7 else [["a", "7"], ["b"]]
+        assert pairs_of(read(images / "pairs.jsonl")) == expected(*said)
+
+
+@pytest.mark.parametrize("caption", [{"t": "a"}, [{"t": "a"}], [["a"]]])
+def test_captions_that_are_no_texts_are_refused(images, caption):
+    (images / "pairs.jsonl").write_text(json.dumps({"image": "red.png", "caption": caption}))
+    with pytest.raises(InputError, match=r"column 'caption' holds .*, neither text nor a list of texts"):
+        read(images / "pairs.jsonl")
+
+
 def test_rows_of_one_image_are_one_sample_in_the_order_of_the_rows(images):
     table = csv(images / "pairs.csv", "image,caption", "red.png,one", "green.png,other", "red.png,two", "red.png,")
     assert pairs_of(read(table)) == expected(["one", "two"], ["other"])
@@ -166,6 +181,13 @@ def test_mistakes_are_one_line_with_the_key_or_the_row(images, line, fields, err
     with pytest.raises(error, match=says) as caught:
         read(table, **fields)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("where", [None, "height > '0'"])
+def test_rows_above_a_longer_one_are_not_lost(images, where):
+    rows = ["red.png,fine,1"] * 30 + ["image,caption,height,more"] + ["green.png,fine,1,2"] * 30
+    with pytest.raises(InputError, match=r"pairs\.csv: line 32 has 4 fields, the header \(line 1\) 3"):
+        read(csv(images / "pairs.csv", "image,caption,height", *rows), where=where)
 
 
 @pytest.mark.parametrize(
@@ -261,6 +283,11 @@ def test_fewer_samples_than_a_batch_are_one_batch_and_one_sample_is_refused(clip
         WithClip(clip, DataConfig(dataset=one))
 
 
+def test_weights_that_leave_one_draw_an_epoch_are_refused(clip, table):
+    with pytest.raises(InputError, match=r"1 training pairs an epoch \(.*weights\); needs at least 2"):
+        WithClip(clip, DataConfig(sources=[SourceConfig(path=table, weight=0.1)], num_workers=0))
+
+
 def test_the_fingerprint_follows_pairs_weights_and_templates(dataset, table):
     before = data_fingerprint(mixed(dataset, table))
     assert data_fingerprint(mixed(dataset, table, num_workers=2)) == before
@@ -271,6 +298,10 @@ def test_the_fingerprint_follows_pairs_weights_and_templates(dataset, table):
     assert len(prints) == 4
     csv(table, "image,caption", *(f"{c}.png,the {c}" for c in COLOURS))
     assert data_fingerprint(mixed(dataset, table)) != before
+    rows = training_set(DataConfig(sources=[only])).index.table
+    place = rows.schema.get_field_index("duplicate_group")  # other positives
+    groups = [rows.set_column(place, "duplicate_group", pa.array([*of])) for of in ("aabb", "abab")]
+    assert len({_content(each) for each in groups}) == 2
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------
@@ -294,6 +325,19 @@ def test_a_batch_says_what_was_drawn(clip, dataset, table):
     batch = data.train_dataloader().dataset.__getitems__([Draw(41, 9)]).batch
     said = drawn_caption(["green"], ["a photo of a {}.", "art of a {}."], (3, 9, 41))
     assert torch.equal(batch["tokens"], clip.tokenizer([said])[:, :8])  # of eight tokens; cut behind them
+
+
+def test_of_several_captions_each_epoch_draws_anew(clip, images):
+    both = [f"{colour}.png,{said}" for colour in COLOURS for said in ("short", "a longer one")]
+    data = WithClip(clip, DataConfig(dataset=csv(images / "pairs.csv", "image,caption", *both), num_workers=0))
+    loader = data.train_dataloader()
+    said = {
+        (row, len(tokens[tokens > 0]))
+        for _ in range(12)
+        for batch in loader
+        for row, tokens in zip(batch["row"].tolist(), batch["tokens"], strict=True)
+    }
+    assert said == {(row, length) for row in range(4) for length in (3, 5)}  # words, with the start and the end
 
 
 def test_captions_over_the_context_are_counted(clip, images):

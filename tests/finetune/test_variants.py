@@ -136,7 +136,8 @@ def test_pissa_starts_with_the_largest_singular_values():
     a, b = (given[f"{layer}.lora_{x}.default.weight"] for x in "AB")
     u, s, v = torch.linalg.svd(plain.get_submodule(layer).weight.detach())
     principal = u[:, :RANK] @ torch.diag(s[:RANK]) @ v[:RANK]
-    torch.testing.assert_close((ALPHA / RANK * b @ a).detach(), principal, rtol=0, atol=1e-6)
+    error = torch.linalg.norm((ALPHA / RANK * b @ a).detach() - principal) / torch.linalg.norm(principal)
+    assert error < 1e-4  # peft decomposes in float32, and the third and fourth singular values are near each other
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)

@@ -124,6 +124,7 @@ TYPES = [
     kind("model.adapter.rank", "four", "a whole number"),
     kind("model.adapter.targets", "q", "a list, each text"),
     case("model.adapter.targets", ["q", 3], "model.adapter.targets[1]: expected text, got 3"),
+    case("data.dataset", "wds/{0..9}.tar", "data.dataset: wds/{0..9}.tar: tars are read as a whole folder; give wds/"),
     case("model.adapter.lock", ["img"], "model.adapter.lock[0]: expected one of image, text, got 'img'"),
     kind("model.adapter.train_logit_scale", "maybe", "true or false"),
     kind("model.loss.multi_positive", 1, "true or false"),
