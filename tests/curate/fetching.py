@@ -33,19 +33,24 @@ def jpeg(number=0, size=(64, 48)):
     return encoded(photo(number, size), quality=90)
 
 
-def impatient(**changes):
-    """A configuration for loopback with short deadlines and no retries."""
+def patient(**changes):
+    """A configuration for loopback without retries, with deadlines that a machine keeps which is busy with others."""
     settings = {
         "processes": 1,
-        "connect_timeout_s": 1.0,
-        "read_timeout_s": 0.4,
-        "total_timeout_s": 1.0,
+        "connect_timeout_s": 20.0,
+        "read_timeout_s": 20.0,
+        "total_timeout_s": 60.0,
         "retries": 0,
         "backoff_s": 0.02,
         "per_host_rate": 0,
         "allow_addresses": ["127.0.0.0/8"],
     }
     return FetchConfig(**{**settings, **changes})
+
+
+def impatient(**changes):
+    """The same with short deadlines, for servers that keep nobody waiting but on purpose."""
+    return patient(**{"connect_timeout_s": 2.0, "read_timeout_s": 1.5, "total_timeout_s": 4.0, **changes})
 
 
 def write_plan(out, urls, shard=0):

@@ -130,7 +130,7 @@ cli.main(["build"])
 )
 def test_a_signal_in_a_query_of_the_database_is_one_line_soon(number: int, query: str) -> None:
     words = [sys.executable, "-c", QUERY, str(int(number)), f"SELECT {query}"]
-    ran = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=110, check=False)
     assert (ran.returncode, ran.stderr) == (128 + number, cli.INTERRUPTED)
 
 

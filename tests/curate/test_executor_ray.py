@@ -207,7 +207,7 @@ def test_every_item_has_one_outcome_and_each_worker_is_at_two(crew, tmp_path):
         pids = {outcome.item[1]: outcome.result for outcome in outcomes}
     assert sorted(pids) == [0, 1, 2, 3]
     assert [list(pids.values()).count(pid) for pid in set(pids.values())] == [2, 2]
-    assert eventually(lambda: not any(alive(pid) for pid in pids.values()), seconds=5)
+    assert eventually(lambda: not any(alive(pid) for pid in pids.values()), seconds=20)
 
 
 def test_reports_arrive_before_the_result(crew):

@@ -16,7 +16,7 @@ from curate.config import FetchConfig
 from curate.errors import InputError
 from curate.fetch import MANNER_OF_FETCHING, FetchResult, run
 from curate.files import made_from
-from tests.curate.fetching import images, impatient, jpeg, read_rows, read_stats, write_plan
+from tests.curate.fetching import images, impatient, jpeg, patient, read_rows, read_stats, write_plan
 from tests.webserver import WebServer, after, page, when
 
 SHARDS, A_SHARD = 3, 8
@@ -43,7 +43,7 @@ def files(out):
 
 def test_every_plan_row_is_in_raw_once_and_a_second_run_asks_for_nothing(server, tmp_path):
     serve(server, tmp_path)
-    result = run(tmp_path, impatient(processes=2))
+    result = run(tmp_path, patient(processes=2))
     assert result == FetchResult({"success": 12, "http_status": 12}, made=3, reused=0)
     assert (result.rows, result.images) == (24, 12)
     for shard in range(SHARDS):
@@ -56,7 +56,7 @@ def test_every_plan_row_is_in_raw_once_and_a_second_run_asks_for_nothing(server,
     }
 
     asked, before = server.asked.total(), files(tmp_path)
-    assert run(tmp_path, impatient(processes=1, connections=3, contact="me@example.org")) == FetchResult(
+    assert run(tmp_path, patient(processes=1, connections=3, contact="me@example.org")) == FetchResult(
         result.counts, made=0, reused=3
     )
     assert server.asked.total() == asked
@@ -65,11 +65,11 @@ def test_every_plan_row_is_in_raw_once_and_a_second_run_asks_for_nothing(server,
 
 def test_only_the_shards_whose_plan_changed_are_fetched_again(server, tmp_path):
     serve(server, tmp_path)
-    run(tmp_path, impatient())
+    run(tmp_path, patient())
     asked = dict(server.asked)
     write_plan(tmp_path, [server.url("/1-1.jpg"), server.add("/new.jpg", page(jpeg(99)))], shard=1)
     (tmp_path / "plan" / "00002.parquet").unlink()
-    result = run(tmp_path, impatient())
+    result = run(tmp_path, patient())
     assert result == FetchResult({"success": 6, "http_status": 4}, made=1, reused=1)
     assert {path for path, count in server.asked.items() if count != asked.get(path)} == {"/new.jpg"}
     assert [path.name for path in (tmp_path / "raw").glob("00002*")] == []
@@ -77,9 +77,9 @@ def test_only_the_shards_whose_plan_changed_are_fetched_again(server, tmp_path):
 
 def test_what_changes_the_stored_images_fetches_again_and_speeds_do_not(server, tmp_path):
     serve(server, tmp_path)
-    run(tmp_path, impatient())
-    assert run(tmp_path, impatient(retries=1, connections=7, min_yield=0.5)).made == 0
-    assert run(tmp_path, impatient(image_size=20)).made == SHARDS
+    run(tmp_path, patient())
+    assert run(tmp_path, patient(retries=1, connections=7, min_yield=0.5)).made == 0
+    assert run(tmp_path, patient(image_size=20)).made == SHARDS
     assert {row["height"] for row in read_rows(tmp_path) if row["status"] == "success"} == {20}
 
 
@@ -105,9 +105,9 @@ def test_every_key_of_the_configuration_is_known_to_decide_what_is_stored_or_not
 
 def test_a_shard_whose_tar_is_gone_is_fetched_again(server, tmp_path):
     serve(server, tmp_path)
-    run(tmp_path, impatient())
+    run(tmp_path, patient())
     (tmp_path / "raw" / "00001.tar").unlink()
-    assert run(tmp_path, impatient()).made == 1
+    assert run(tmp_path, patient()).made == 1
 
 
 def test_without_a_plan_the_way_out_is_named(tmp_path):
@@ -124,10 +124,10 @@ FETCH = """
 import sys
 from pathlib import Path
 from curate.fetch import run
-from tests.curate.fetching import impatient
+from tests.curate.fetching import patient
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), impatient(read_timeout_s=60.0, total_timeout_s=60.0))
+    run(Path(sys.argv[1]), patient(read_timeout_s=60.0, total_timeout_s=60.0))
 """
 
 
@@ -137,7 +137,7 @@ def start_fetch(out):
     return subprocess.Popen([sys.executable, str(script), str(out)], env={**os.environ, "PYTHONPATH": str(Path.cwd())})
 
 
-def eventually(condition, seconds=30):
+def eventually(condition, seconds=90):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -156,7 +156,7 @@ def test_killed_in_the_second_shard_and_run_again_it_asks_for_no_finished_row_an
     out, whole = tmp_path / "killed", tmp_path / "whole"
     serve(server, out)
     serve(server, whole)
-    run(whole, impatient())
+    run(whole, patient())
     server.asked.clear()
 
     gate = threading.Event()
@@ -177,7 +177,7 @@ def test_killed_in_the_second_shard_and_run_again_it_asks_for_no_finished_row_an
 
     asked = dict(server.asked)
     gate.set()
-    result = run(out, impatient())
+    result = run(out, patient())
     assert (result.made, result.reused) == (1, 2)
     assert {path for path in server.asked if path.startswith("/0-")} == {
         f"/0-{number}.jpg" for number in range(A_SHARD)
@@ -222,7 +222,7 @@ def test_a_shard_that_kills_its_worker_twice_is_told_as_worker_died_and_tried_ag
     assert len(images(tmp_path)) == 8
 
     gate.set()
-    assert run(tmp_path, impatient()) == FetchResult({"success": 12, "http_status": 12}, made=1, reused=2)
+    assert run(tmp_path, patient()) == FetchResult({"success": 12, "http_status": 12}, made=1, reused=2)
 
 
 def test_ctrl_c_stops_in_seconds_and_keeps_what_is_finished(server, tmp_path):
@@ -233,9 +233,9 @@ def test_ctrl_c_stops_in_seconds_and_keeps_what_is_finished(server, tmp_path):
     workers = children_of(parent.pid)
     started = time.monotonic()
     parent.send_signal(signal.SIGINT)
-    assert parent.wait(10) != 0
-    assert time.monotonic() - started < 5
-    assert eventually(lambda: not Path(f"/proc/{workers[0]}").exists(), seconds=5)
+    assert parent.wait(50) != 0
+    assert time.monotonic() - started < 20
+    assert eventually(lambda: not Path(f"/proc/{workers[0]}").exists(), seconds=20)
     assert (tmp_path / "raw" / "00000.parquet").exists()
     assert not (tmp_path / "raw" / "00001.parquet").exists()
     assert not list((tmp_path / "raw").glob(".*"))
@@ -244,9 +244,9 @@ def test_ctrl_c_stops_in_seconds_and_keeps_what_is_finished(server, tmp_path):
 
 def test_order_of_arrival_and_number_of_processes_change_no_row(server, tmp_path):
     serve(server, tmp_path / "a")
-    run(tmp_path / "a", impatient(processes=1))
+    run(tmp_path / "a", patient(processes=1))
     serve(server, tmp_path / "b", behaviour=lambda content: after(0.01 + content[-5] % 7 / 50, page(content)))
-    run(tmp_path / "b", impatient(processes=2, connections=3))
+    run(tmp_path / "b", patient(processes=2, connections=3))
     for shard in range(SHARDS):
         assert [facts(row) for row in read_rows(tmp_path / "a", shard)] == [
             facts(row) for row in read_rows(tmp_path / "b", shard)
@@ -257,7 +257,7 @@ def test_order_of_arrival_and_number_of_processes_change_no_row(server, tmp_path
 def test_many_rows_share_few_connections(server, tmp_path):
     urls = [server.add(f"/{number}.jpg", page(jpeg(number % 5))) for number in range(600)]
     write_plan(tmp_path, urls)
-    assert run(tmp_path, impatient(per_host=8, read_timeout_s=10.0, total_timeout_s=10.0)).images == 600
+    assert run(tmp_path, patient(per_host=8, read_timeout_s=10.0, total_timeout_s=10.0)).images == 600
     assert server.accepted <= 8
     assert server.asked.total() == 601  # with robots.txt
 

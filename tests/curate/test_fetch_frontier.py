@@ -12,7 +12,7 @@ import pytest
 from yarl import URL
 
 from curate.fetch.frontier import Errand, Frontier
-from tests.curate.fetching import fetch_here, impatient, jpeg, read_rows, write_plan
+from tests.curate.fetching import fetch_here, jpeg, patient, read_rows, write_plan
 from tests.webserver import WebServer, page, when
 
 
@@ -41,7 +41,7 @@ def errand(host, number=0, shard=0):
     return Errand(shard, [{"key": f"{host}{number}"}], URL(f"http://{host}/{number}"), 5, 60.0)
 
 
-def taken(frontier, count, timeout=2.0):
+def taken(frontier, count, timeout=30.0):
     """The names of the next errands."""
 
     async def take():
@@ -155,7 +155,7 @@ def test_a_slow_host_of_a_thousand_rows_does_not_slow_a_thousand_others(tmp_path
         tardy = [slow.add(f"/{n}.jpg", when(all_asked, page(jpeg(n % 5)))) for n in range(1_000)]
         brisk = [quick.add(f"/{n}.jpg", counting(page(jpeg(n % 5)))) for n in range(1_000)]
         settings = {"per_host": 2, "connections": 8, "read_timeout_s": 30.0, "total_timeout_s": 30.0}
-        rows = fetch_here(tmp_path, tardy + brisk, impatient(**settings, ignore_opt_outs=["robots.txt"]))
+        rows = fetch_here(tmp_path, tardy + brisk, patient(**settings, ignore_opt_outs=["robots.txt"]))
         assert {row["status"] for row in rows} == {"success"}
         assert slow.most_at_once <= 2
 
@@ -163,13 +163,13 @@ def test_a_slow_host_of_a_thousand_rows_does_not_slow_a_thousand_others(tmp_path
 MANY_HOSTS = """
 import socket, sys
 from pathlib import Path
-from tests.curate.fetching import impatient, make_here
+from tests.curate.fetching import patient, make_here
 from curate.fetch.task import ShardTask
 
 look_up = socket.getaddrinfo
 socket.getaddrinfo = lambda host, *rest, **more: look_up("127.0.0.1", *rest, **more)
 out = Path(sys.argv[1])
-config = impatient(connections=64, connect_timeout_s=20.0, read_timeout_s=20.0, total_timeout_s=20.0)
+config = patient(connections=64, connect_timeout_s=20.0, read_timeout_s=20.0, total_timeout_s=20.0)
 make_here(out, [ShardTask(out / "plan" / "00000.parquet", out / "raw" / "00000", "test", config)], config)
 # Not ru_maxrss, which begins at the parent's.
 print(int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024)

@@ -28,7 +28,7 @@ from curate.fetch.img2dataset_errors import as_transfer_error, from_words
 from curate.fetch.task import ShardTask
 from curate.files import made_from
 from curate.ledger import Reason
-from tests.curate.fetching import encoded, images, impatient, jpeg, photo, read_rows, read_stats, write_plan
+from tests.curate.fetching import encoded, images, impatient, jpeg, patient, photo, read_rows, read_stats, write_plan
 from tests.webserver import (
     WebServer,
     after,
@@ -105,7 +105,7 @@ def test_every_row_ends_once_and_no_request_goes_where_it_must_not(tmp_path):
             server.add("/cut", cut_short(jpeg(8), 400)): ("broken_transfer", "in the body"),
             server.add("/reset", reset()): ("broken_transfer", "before the answer"),
             server.add("/drip", drip(jpeg(9), 0.2)): ("timeout", "total"),
-            server.add("/silent", after(3, page(jpeg(9)))): ("timeout", "first byte"),
+            server.add("/silent", after(30, page(jpeg(9)))): ("timeout", "first byte"),
             server.add("/noai", page(jpeg(9), headers={"X-Robots-Tag": "noai"})): ("opt_out", "noai"),
             server.add("/noml", page(jpeg(9), headers={"X-Robots-Tag": "cliptailor: noml"})): ("opt_out", "noml"),
             server.add("/tdm", page(jpeg(9), headers={"TDM-Reservation": "1"})): ("opt_out", "tdm-reservation"),
@@ -160,7 +160,7 @@ def test_a_thin_image_that_would_grow_to_gigabytes_does_not_reach_it(tmp_path):
     with WebServer() as server:
         thin = server.add("/thin.png", page(encoded(photo(0, (2, 60_000)), "PNG")))
         urls = [thin, server.add("/good.jpg", page(jpeg(0)))]
-        rows = fetch(tmp_path, urls, impatient(image_size=256, resize_only_if_bigger=False))
+        rows = fetch(tmp_path, urls, patient(image_size=256, resize_only_if_bigger=False))
     assert [row["reason"] for row in rows] == ["too_many_pixels", None]
     assert rows[0]["value"] == "2x60000, resized 256x7680000"
 
@@ -181,7 +181,7 @@ def test_killed_or_hung_it_starts_again_with_the_rest(tmp_path, monkeypatch):
 
         disturbing = threading.Thread(target=disturb)
         disturbing.start()
-        rows = fetch(tmp_path, urls, impatient(connections=1, read_timeout_s=30.0, total_timeout_s=4.0))
+        rows = fetch(tmp_path, urls, patient(connections=1, read_timeout_s=30.0, total_timeout_s=4.0))
         disturbing.join()
         first.set()
         second.set()
@@ -204,7 +204,7 @@ def test_where_it_dies_twice_over_nothing_its_rows_are_left_for_the_next_run(tmp
     killing = threading.Thread(target=kill_all)
     killing.start()
     try:
-        rows = fetch(tmp_path, ["http://127.0.0.1:1/a.jpg", "ftp://127.0.0.1/b.jpg"], impatient())
+        rows = fetch(tmp_path, ["http://127.0.0.1:1/a.jpg", "ftp://127.0.0.1/b.jpg"], patient())
     finally:
         ended.set()
         killing.join()
@@ -232,7 +232,7 @@ def test_a_death_costs_the_row_whose_image_was_decoded_the_second_time(tmp_path)
 def test_nothing_reached_anywhere_is_an_outage_and_no_shard(tmp_path):
     urls = [f"http://127.0.0.1:{1 + number % 7}/{number}.jpg" for number in range(30)]
     with pytest.raises(Outage, match="nothing could be reached for 1 s"):
-        fetch(tmp_path, urls, impatient(outage_s=1.0))
+        fetch(tmp_path, urls, patient(outage_s=1.0))
     assert not list((tmp_path / "raw").iterdir())
 
 
@@ -242,7 +242,7 @@ def test_images_that_are_here_already_need_no_img2dataset(tmp_path, monkeypatch)
     (tmp_path / "pictures" / "cat.jpg").write_bytes(jpeg(1))
     (tmp_path / "pictures" / "cat.txt").write_text("a cat")
     plan.run(str(tmp_path / "pictures"), tmp_path / "out", PlanConfig(), [])
-    assert run(tmp_path / "out", impatient(engine="img2dataset")).counts == {"success": 1}
+    assert run(tmp_path / "out", patient(engine="img2dataset")).counts == {"success": 1}
 
 
 def test_it_dies_with_the_run_however_that_ends(tmp_path):

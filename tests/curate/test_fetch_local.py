@@ -10,7 +10,7 @@ import pyarrow as pa
 from curate.fetch import run
 from curate.fetch.task import ShardTask
 from curate.files import write_parquet
-from tests.curate.fetching import encoded, images, impatient, jpeg, make_here, photo, read_rows, read_stats
+from tests.curate.fetching import encoded, images, jpeg, make_here, patient, photo, read_rows, read_stats
 
 PLACES = pa.schema({"source_file": pa.string(), "source_offset": pa.int64(), "source_size": pa.int64()})
 
@@ -37,12 +37,12 @@ def plan_of(out, places, shard=0):
 
 def task_of(out, root, places, shard=0, **changes):
     plan = plan_of(out, places, shard)
-    return ShardTask(plan, out / "raw" / plan.stem, "test", impatient(**changes), root=root)
+    return ShardTask(plan, out / "raw" / plan.stem, "test", patient(**changes), root=root)
 
 
 def read_here(out, root, places, **changes):
     """Read one shard in this process; its rows, in the order of the places."""
-    make_here(out, [task_of(out, root, places, **changes)], impatient(**changes))
+    make_here(out, [task_of(out, root, places, **changes)], patient(**changes))
     return read_rows(out)
 
 
@@ -94,21 +94,21 @@ def test_what_was_unreadable_is_read_when_failed_rows_are_asked_for_again(tmp_pa
     (tmp_path / "a.jpg").write_bytes(jpeg(1))
     plan_of(tmp_path, [("a.jpg", None, None), ("b.jpg", None, None)])
     (tmp_path / "plan" / "plan.json").write_text(f'{{"root": "{tmp_path}"}}')
-    assert run(tmp_path, impatient()).counts == {"success": 1, "unreadable": 1}
+    assert run(tmp_path, patient()).counts == {"success": 1, "unreadable": 1}
     (tmp_path / "b.jpg").write_bytes(jpeg(2))
-    assert run(tmp_path, impatient()).made == 0
-    again = run(tmp_path, impatient(), retry_failed=True)
+    assert run(tmp_path, patient()).made == 0
+    again = run(tmp_path, patient(), retry_failed=True)
     assert (again.made, again.counts) == (1, {"success": 2})
 
 
 TWO_SHARDS = """
 import resource, sys
 from pathlib import Path
-from tests.curate.fetching import impatient, make_here
+from tests.curate.fetching import patient, make_here
 from tests.curate.test_fetch_local import task_of
 
 out = Path(sys.argv[1])
-config = impatient(image_size=16)
+config = patient(image_size=16)
 tasks = [task_of(out, out, [("photo.jpg", None, None)] * int(sys.argv[2]), shard, image_size=16) for shard in (0, 1)]
 make_here(out, tasks, config)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10))

@@ -9,7 +9,7 @@ import pytest
 
 from curate.errors import Outage
 from curate.fetch import engine, outage
-from tests.curate.fetching import fetch_here, impatient, jpeg
+from tests.curate.fetching import fetch_here, jpeg, patient
 from tests.webserver import WebServer, page
 
 look_up = socket.getaddrinfo
@@ -53,8 +53,8 @@ def test_names_that_no_longer_resolve_end_the_run_after_outage_s(server, names, 
     names["fail"] = no_answer
     started = time.monotonic()
     with pytest.raises(Outage, match=r"nothing could be reached for 1 s \(host\d+\.test: dns Temporary failure"):
-        fetch_here(tmp_path, on_hosts(server, 40), impatient(outage_s=1.0))
-    assert 1.0 <= time.monotonic() - started < 10
+        fetch_here(tmp_path, on_hosts(server, 40), patient(outage_s=1.0))
+    assert 1.0 <= time.monotonic() - started < 30
     assert not list((tmp_path / "raw").iterdir())
     assert server.accepted == 0
 
@@ -67,7 +67,7 @@ def test_what_failed_in_an_outage_loses_no_try(server, names, tmp_path, caplog):
             no_answer(name)
 
     names["fail"] = fail_until_paused
-    config = impatient(outage_s=30.0, retries=0, backoff_s=5.0, read_timeout_s=10.0, total_timeout_s=10.0)
+    config = patient(outage_s=30.0, retries=0, backoff_s=5.0, read_timeout_s=10.0, total_timeout_s=10.0)
     with caplog.at_level(logging.INFO, "cliptailor"):
         rows = fetch_here(tmp_path, on_hosts(server, 40), config)
     assert [(row["reason"], row["value"]) for row in rows if row["status"] != "success"] == []
@@ -109,10 +109,10 @@ def test_names_whose_look_up_hangs_are_not_taken_for_an_outage(server, names, tm
     names["fail"] = hang
     dead = [f"http://dead{number}.test:{server.port}/x.jpg" for number in range(24)]
     started = time.monotonic()
-    rows = fetch_here(tmp_path, [*on_hosts(server, 4), *dead], impatient(outage_s=60.0, connect_timeout_s=0.4))
+    rows = fetch_here(tmp_path, [*on_hosts(server, 4), *dead], patient(outage_s=60.0, connect_timeout_s=0.4))
     assert [row["status"] for row in rows[:4]] == ["success"] * 4
     assert {row["reason"] for row in rows[4:]} <= {"dns", "timeout"}
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 40
     assert "paused" not in caplog.text
 
 
@@ -120,9 +120,9 @@ def test_a_list_whose_only_server_is_down_ends_soon(names, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     started = time.monotonic()
-    rows = fetch_here(tmp_path, [f"http://only.test:{port}/{n}.jpg" for n in range(200)], impatient(outage_s=60.0))
+    rows = fetch_here(tmp_path, [f"http://only.test:{port}/{n}.jpg" for n in range(200)], patient(outage_s=60.0))
     assert {row["reason"] for row in rows} == {"connect"}
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
 
 
 def test_a_pause_is_reported(server, names, tmp_path, monkeypatch):
@@ -135,7 +135,7 @@ def test_a_pause_is_reported(server, names, tmp_path, monkeypatch):
             no_answer(name)
 
     names["fail"] = fail_until_long_paused
-    config = impatient(outage_s=30.0, read_timeout_s=10.0, total_timeout_s=10.0)
+    config = patient(outage_s=30.0, read_timeout_s=10.0, total_timeout_s=10.0)
     rows = fetch_here(tmp_path, on_hosts(server, 30), config, lambda said: paused.append(said["paused"]))
     assert {row["status"] for row in rows} == {"success"}
     assert max(paused) > 0.3

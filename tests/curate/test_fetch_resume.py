@@ -15,7 +15,7 @@ import pytest
 from curate.fetch import FetchResult, run
 from curate.files import write_parquet
 from curate.shards import ShardWriter
-from tests.curate.fetching import images, impatient, jpeg, read_rows, write_plan
+from tests.curate.fetching import images, jpeg, patient, read_rows, write_plan
 from tests.webserver import WebServer, after, page
 
 ROWS = 12
@@ -47,24 +47,24 @@ def contents(out):
 def test_a_plan_file_that_grew_shrank_and_was_reordered_costs_the_new_urls_only(server, tmp_path):
     urls = serve(server)
     write_plan(tmp_path, urls[:8])
-    run(tmp_path, impatient())
+    run(tmp_path, patient())
     plan = [urls[9], *urls[5:1:-1], urls[10], urls[0]]
     write_plan(tmp_path, plan)
-    assert asked_by(server, lambda: run(tmp_path, impatient())) == {"/9.jpg", "/10.jpg"}
+    assert asked_by(server, lambda: run(tmp_path, patient())) == {"/9.jpg", "/10.jpg"}
 
     write_plan(tmp_path / "fresh", plan)
-    run(tmp_path / "fresh", impatient())
+    run(tmp_path / "fresh", patient())
     assert contents(tmp_path) == contents(tmp_path / "fresh")
 
 
 def test_a_kept_row_has_the_new_caption_and_the_old_bytes(server, tmp_path):
     plan = write_plan(tmp_path, serve(server))
-    run(tmp_path, impatient())
+    run(tmp_path, patient())
     table = pq.read_table(plan)
     names = [f"another caption {number}" for number in range(ROWS)]
     column = table.schema.get_field_index("caption")
     write_parquet(table.set_column(column, "caption", [names]), plan, made_from="test")
-    assert asked_by(server, lambda: run(tmp_path, impatient())) == set()
+    assert asked_by(server, lambda: run(tmp_path, patient())) == set()
     assert [row["caption"] for row in read_rows(tmp_path)] == names
     assert images(tmp_path) == {f"00{number:08d}": jpeg(number) for number in range(ROWS)}
 
@@ -73,7 +73,7 @@ def test_a_kept_row_has_the_new_caption_and_the_old_bytes(server, tmp_path):
 def test_old_files_that_are_not_what_they_were_cost_requests_and_no_row(server, tmp_path, harm):
     urls = serve(server)
     write_plan(tmp_path, urls[:8])
-    run(tmp_path, impatient())
+    run(tmp_path, patient())
     tar, parquet = tmp_path / "raw" / "00000.tar", tmp_path / "raw" / "00000.parquet"
     match harm:
         case "emptied":
@@ -82,7 +82,7 @@ def test_old_files_that_are_not_what_they_were_cost_requests_and_no_row(server, 
             tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
         case "swapped":
             write_plan(tmp_path / "other", urls[::-1])
-            run(tmp_path / "other", impatient())
+            run(tmp_path / "other", patient())
             tar.write_bytes((tmp_path / "other" / "raw" / "00000.tar").read_bytes())
         case "no parquet":
             parquet.unlink()
@@ -91,7 +91,7 @@ def test_old_files_that_are_not_what_they_were_cost_requests_and_no_row(server, 
             content[4:400] = bytes(396)
             parquet.write_bytes(content)
     write_plan(tmp_path, urls)
-    assert run(tmp_path, impatient()).counts == {"success": ROWS}
+    assert run(tmp_path, patient()).counts == {"success": ROWS}
     assert images(tmp_path) == {f"00{number:08d}": jpeg(number) for number in range(ROWS)}
 
 
@@ -105,7 +105,7 @@ def test_retry_failed_takes_again_what_may_pass_and_leaves_shards_without_such_r
     write_plan(tmp_path, urls[6:], shard=1)
     good = dict(server.pages)
     server.pages.update({path: page(b"", status=status) for path, status in {**PASS, **STAY}.items()})
-    config = impatient(per_host=1, backoff_s=0.01)
+    config = patient(per_host=1, backoff_s=0.01)
     run(tmp_path, config)
     assert asked_by(server, lambda: run(tmp_path, config)) == set()
 
@@ -120,10 +120,10 @@ def test_retry_failed_takes_again_what_may_pass_and_leaves_shards_without_such_r
 def test_another_setting_names_the_keys_that_changed_and_only_once(server, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="cliptailor")
     write_plan(tmp_path, serve(server))
-    run(tmp_path, impatient())
+    run(tmp_path, patient())
     assert not [message for message in caplog.messages if "again" in message]
-    run(tmp_path, impatient(image_size=20, encode_quality=80))
-    run(tmp_path, impatient(image_size=20, encode_quality=80, retries=1))
+    run(tmp_path, patient(image_size=20, encode_quality=80))
+    run(tmp_path, patient(image_size=20, encode_quality=80, retries=1))
     assert [message for message in caplog.messages if "again" in message] == [
         "fetch   1 shards are fetched again: fetch.image_size was 512, is 20; fetch.encode_quality was 95, is 80"
     ]
@@ -132,7 +132,7 @@ def test_another_setting_names_the_keys_that_changed_and_only_once(server, tmp_p
 def test_a_shard_that_is_cut_off_between_its_two_files_is_no_shard(server, tmp_path, monkeypatch):
     """The old Parquet beside the new tar would have its images in the wrong places."""
     write_plan(tmp_path, serve(server))
-    run(tmp_path, impatient())
+    run(tmp_path, patient())
     parquet, beside = tmp_path / "raw" / "00000.parquet", []
 
     def cut_off(table, path, made_from):
@@ -144,7 +144,7 @@ def test_a_shard_that_is_cut_off_between_its_two_files_is_no_shard(server, tmp_p
         pass
     monkeypatch.undo()
     assert beside == [False]
-    assert run(tmp_path, impatient()).counts == {"success": ROWS}
+    assert run(tmp_path, patient()).counts == {"success": ROWS}
     assert images(tmp_path) == {f"00{number:08d}": jpeg(number) for number in range(ROWS)}
 
 
@@ -152,10 +152,10 @@ FETCH = """
 import sys
 from pathlib import Path
 from curate.fetch import run
-from tests.curate.fetching import impatient
+from tests.curate.fetching import patient
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), impatient(processes=2, connections=2, total_timeout_s=30.0))
+    run(Path(sys.argv[1]), patient(processes=2, connections=2, total_timeout_s=30.0))
 """
 
 
@@ -165,7 +165,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(server, tmp_path
     for shard in range(6):
         for folder in (out, whole):
             write_plan(folder, urls[10 * shard : 10 * shard + 10], shard)
-    run(whole, impatient())
+    run(whole, patient())
     script.write_text(FETCH)
     chance, ended = random.Random(4), 0
     for _ in range(6):
@@ -176,6 +176,6 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(server, tmp_path
         process.send_signal(signal.SIGKILL)
         ended += process.wait() == 0
     assert ended < 6
-    run(out, impatient())
+    run(out, patient())
     assert contents(out) == contents(whole)
     assert not list((out / "raw").glob(".*"))

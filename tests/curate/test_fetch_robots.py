@@ -18,7 +18,7 @@ from curate.fetch.origins import prepare
 from curate.fetch.robots import MOST_BYTES, Robots, rules_for_us, text_of
 from curate.fetch.transfer import Page, Transfer, open_session
 from curate.ledger import Reason
-from tests.curate.fetching import fetch_here, impatient, jpeg
+from tests.curate.fetching import fetch_here, impatient, jpeg, patient
 from tests.webserver import (
     WebServer,
     after,
@@ -35,7 +35,7 @@ from tests.webserver import (
 )
 
 SPAWN = multiprocessing.get_context("spawn")
-CONFIG = impatient(connect_timeout_s=0.5, read_timeout_s=0.3, total_timeout_s=0.6)
+CONFIG = impatient()
 
 
 @pytest.fixture
@@ -171,9 +171,9 @@ def test_only_the_groups_that_mean_us_are_kept(given, kept):
 
 def test_a_robots_txt_made_to_exhaust_a_parser_costs_little():
     agents = "".join(f"User-agent: bot{number}\n" for number in range(15_000))
-    started = time.perf_counter()
+    started = time.process_time()
     assert rules_for_us(agents + "Disallow: /a\n" * 20_000) == ""
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_a_line_that_the_limit_cuts_is_no_rule():
@@ -216,12 +216,12 @@ def test_what_a_killed_process_was_reading_is_taken_over_at_once(server, tmp_pat
     started = time.monotonic()
     (verdict,) = judge(path, [server.url("/a.jpg")])
     assert word(verdict)[0] == NO
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     process.join(10)
 
 
 def hang_in_a_process(path, url):
-    judge(path, [url], impatient(read_timeout_s=60.0, total_timeout_s=60.0))
+    judge(path, [url], patient(read_timeout_s=60.0, total_timeout_s=60.0))
 
 
 def test_it_is_kept_for_a_later_run_but_not_for_ever(server, tmp_path):
@@ -309,7 +309,7 @@ def test_a_forbidden_path_is_never_asked_for_not_even_by_a_redirect(server, tmp_
     urls = [server.add("/private/a.jpg", page(jpeg())), server.add("/b.jpg", redirect("/private/b.jpg"))]
     with WebServer("127.0.0.2") as other:
         urls.append(other.add("/c.jpg", redirect(server.url("/private/c.jpg"))))
-        rows = fetch_here(tmp_path, urls, impatient())
+        rows = fetch_here(tmp_path, urls, patient())
         assert [row["reason"] for row in rows] == [NO] * 3
         assert not any(path.startswith("/private") for path in server.asked)
         assert server.asked["/robots.txt"] == other.asked["/robots.txt"] == 1
@@ -324,7 +324,7 @@ def test_a_robots_txt_on_another_host_waits_for_that_hosts_turn(server, tmp_path
             other.__enter__()
             other.add("/robots.txt", redirect(server.url("/robots.txt")))
             urls.append(other.add("/a.jpg", page(jpeg())))
-        config = impatient(per_host=1, total_timeout_s=5.0, read_timeout_s=5.0, retries=1)
+        config = patient(per_host=1, total_timeout_s=5.0, read_timeout_s=5.0, retries=1)
         rows = fetch_here(tmp_path, urls, config)
     finally:
         for other in others:

@@ -8,13 +8,13 @@ import pytest
 import curate.progress
 from curate.fetch.task import ShardTask
 from curate.fetch.tell import ENOUGH_ROWS, Teller
-from tests.curate.fetching import impatient, write_plan
+from tests.curate.fetching import patient, write_plan
 
 
 @pytest.fixture
 def tasks(tmp_path):
     plans = [write_plan(tmp_path, [f"http://a.example/{n}" for n in range(ENOUGH_ROWS)], shard) for shard in range(2)]
-    return [ShardTask(plan, tmp_path / "raw" / plan.stem, "test", impatient()) for plan in plans]
+    return [ShardTask(plan, tmp_path / "raw" / plan.stem, "test", patient()) for plan in plans]
 
 
 @pytest.fixture

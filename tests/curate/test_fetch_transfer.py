@@ -17,7 +17,7 @@ from curate.fetch.coding import PIECE_BYTES, ContentCoding
 from curate.fetch.failures import TransferError
 from curate.fetch.transfer import Transfer, open_session, parse_target
 from curate.ledger import Reason
-from tests.curate.fetching import encoded, fetch_here, images, impatient, jpeg, photo, read_stats
+from tests.curate.fetching import encoded, fetch_here, images, impatient, jpeg, patient, photo, read_stats
 from tests.webserver import (
     WebServer,
     after,
@@ -109,7 +109,7 @@ def test_each_misbehaviour_ends_in_its_own_reason_and_costs_its_row_only(server,
     server.pages[f"/{list(BAD).index(loop)}.jpg"] = redirect("/again")
     started = time.monotonic()
     rows = fetch_here(tmp_path, [*urls, good], impatient(max_bytes=100_000, connections=100, per_host=100))
-    assert time.monotonic() - started < 20  # one deadline of 1 s, no retries; the rest is a slow machine
+    assert time.monotonic() - started < 25  # one deadline of 4 s, no retries; the rest is a slow machine
 
     found = {name: (row["reason"], row["value"]) for name, row in zip(BAD, rows, strict=False)}
     wanted = {
@@ -147,7 +147,7 @@ def test_every_good_answer_is_kept(server, tmp_path):
             f"/hop{hop}", redirect(f"/hop{hop + 1}" if hop < 4 else "plain.jpg", status=300 + (7 if hop % 2 else 8))
         )
     urls = [server.add(f"/{number}", behaviour) for number, behaviour in enumerate(FINE.values())]
-    rows = fetch_here(tmp_path, urls, impatient())
+    rows = fetch_here(tmp_path, urls, patient())
     assert {name: row["error_message"] for name, row in zip(FINE, rows, strict=True)} == dict.fromkeys(FINE)
     assert set(images(tmp_path).values()) == {JPEG}
 
@@ -173,7 +173,7 @@ def test_every_good_answer_is_kept(server, tmp_path):
 def test_urls_as_people_write_them_are_asked_for_rightly(server, tmp_path, written, asked):
     server.add(asked, page(JPEG))
     lead = written[: len(written) - len(written.lstrip())]
-    (row,) = fetch_here(tmp_path, [f"{lead}http://127.0.0.1:{server.port}{written.lstrip()}"], impatient())
+    (row,) = fetch_here(tmp_path, [f"{lead}http://127.0.0.1:{server.port}{written.lstrip()}"], patient())
     assert row["error_message"] is None
     assert server.asked[asked] == 1
 
@@ -191,7 +191,7 @@ def test_a_redirect_is_followed_as_it_is_written(server, tmp_path, location, ask
     place = location.format(host=f"127.0.0.1:{server.port}")
     server.add("/a/first", redirect(place))
     server.add(asked, page(JPEG))
-    (row,) = fetch_here(tmp_path, [f"http://127.0.0.1:{server.port}/a/first"], impatient())
+    (row,) = fetch_here(tmp_path, [f"http://127.0.0.1:{server.port}/a/first"], patient())
     assert row["error_message"] is None
     assert server.asked[asked] == 1
 
@@ -223,7 +223,7 @@ def test_what_is_no_web_address_is_never_asked_for(url, reason):
 
 def test_user_name_and_password_are_taken_off(server, tmp_path):
     server.add("/a.jpg", page(JPEG))
-    (row,) = fetch_here(tmp_path, [f"http://user:secret@127.0.0.1:{server.port}/a.jpg"], impatient())
+    (row,) = fetch_here(tmp_path, [f"http://user:secret@127.0.0.1:{server.port}/a.jpg"], patient())
     assert row["status"] == "success"
     assert "authorization" not in server.headers["/a.jpg"]
 
@@ -254,7 +254,7 @@ def test_what_may_pass_is_tried_again(server, tmp_path, first, tries):
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 451, 501])
 def test_what_will_not_pass_is_asked_for_once(server, tmp_path, status):
     url = server.add("/a.jpg", page(b"", status=status))
-    (row,) = fetch_here(tmp_path, [url], impatient(retries=3))
+    (row,) = fetch_here(tmp_path, [url], patient(retries=3))
     assert (row["reason"], row["value"], row["http_status"]) == ("http_status", str(status), status)
     assert server.asked["/a.jpg"] == 1
 
@@ -262,12 +262,12 @@ def test_what_will_not_pass_is_asked_for_once(server, tmp_path, status):
 @pytest.mark.parametrize("bad", ["HTML as JPEG", "opt-out", "PNG bomb", "endless", "redirects to a file", "1x1"])
 def test_a_row_that_is_dropped_for_what_it_is_is_asked_for_once(server, tmp_path, bad):
     url = server.add("/a.jpg", BAD[bad][0])
-    fetch_here(tmp_path, [url], impatient(retries=3))
+    fetch_here(tmp_path, [url], patient(retries=3))
     assert server.asked["/a.jpg"] == 1
 
 
 def test_retries_are_counted(server, tmp_path):
-    (row,) = fetch_here(tmp_path, [server.add("/a.jpg", BUSY)], impatient(retries=2))
+    (row,) = fetch_here(tmp_path, [server.add("/a.jpg", BUSY)], patient(retries=2))
     assert (row["reason"], row["value"]) == ("http_status", "503")
     assert server.asked["/a.jpg"] == 3
 
@@ -280,14 +280,14 @@ def test_retry_after_is_waited_for(server, tmp_path):
         busy = page(b"", status=429, headers={"Retry-After": "1"})
         return await (busy if exchange.number == 0 else page(JPEG))(exchange)
 
-    (row,) = fetch_here(tmp_path, [server.add("/a.jpg", noting)], impatient(retries=1))
+    (row,) = fetch_here(tmp_path, [server.add("/a.jpg", noting)], patient(retries=1))
     assert row["status"] == "success"
     assert times[1] - times[0] >= 0.99
 
 
 def test_a_retry_after_beyond_the_limit_is_not_waited_for(server, tmp_path):
     url = server.add("/a.jpg", page(b"", status=503, headers={"Retry-After": "315360000"}))
-    (row,) = fetch_here(tmp_path, [url], impatient(retries=3))
+    (row,) = fetch_here(tmp_path, [url], patient(retries=3))
     assert (row["reason"], row["value"]) == ("http_status", "503")
     assert server.asked["/a.jpg"] == 1
 
@@ -302,7 +302,7 @@ def test_waiting_for_a_retry_takes_no_connection_from_others(server, tmp_path):
 
     busy = server.add("/busy.jpg", one_after_another(wait, noting))
     others = [server.add(f"/{number}.jpg", noting) for number in range(5)]
-    rows = fetch_here(tmp_path, [busy, *others], impatient(retries=1, connections=1, per_host=1))
+    rows = fetch_here(tmp_path, [busy, *others], patient(retries=1, connections=1, per_host=1))
     assert {row["status"] for row in rows} == {"success"}
     assert order[-1] == "/busy.jpg"
 
@@ -317,13 +317,13 @@ def test_requests_to_one_host_and_in_all_stay_within_their_limits(server, tmp_pa
             for number in range(40)
             for each in (server, other)
         ]
-        rows = fetch_here(tmp_path, urls, impatient(per_host=3, connections=100))
+        rows = fetch_here(tmp_path, urls, patient(per_host=3, connections=100))
         assert {row["status"] for row in rows} == {"success"}
         assert server.most_at_once == other.most_at_once == 3
         assert server.accepted <= 3  # kept alive
 
         server.most_at_once = other.most_at_once = 0
-        fetch_here(tmp_path / "again", urls, impatient(per_host=50, connections=4))
+        fetch_here(tmp_path / "again", urls, patient(per_host=50, connections=4))
         assert max(server.most_at_once, other.most_at_once) <= 4
 
 
@@ -334,7 +334,7 @@ def test_hosts_that_redirect_to_each_other_do_not_lock_up(server, tmp_path):
             for here, there in ((server, other), (other, server)):
                 there.add(f"/to{number}.jpg", page(JPEG))
                 urls.append(here.add(f"/from{number}.jpg", redirect(there.url(f"/to{number}.jpg"))))
-        rows = fetch_here(tmp_path, urls, impatient(per_host=1, connections=2))
+        rows = fetch_here(tmp_path, urls, patient(per_host=1, connections=2))
         assert {row["status"] for row in rows} == {"success"}
         assert (server.most_at_once, other.most_at_once) == (1, 1)
 
@@ -350,7 +350,7 @@ def test_a_slow_host_does_not_hold_up_the_others(server, tmp_path):
 
         quick = [server.add(f"/{number}.jpg", noting) for number in range(20)]
         started = time.monotonic()
-        config = impatient(per_host=2, connections=4, read_timeout_s=1.0, total_timeout_s=2.0)
+        config = patient(per_host=2, connections=4, read_timeout_s=1.0, total_timeout_s=2.0)
         rows = fetch_here(tmp_path, [*waiting, *quick], config)
         assert {row["reason"] for row in rows[:8]} == {"timeout"}
         assert {row["status"] for row in rows[8:]} == {"success"}
@@ -360,7 +360,7 @@ def test_a_slow_host_does_not_hold_up_the_others(server, tmp_path):
 def test_large_bodies_cost_bounded_memory(server, tmp_path):
     urls = [server.add(f"/{number}.jpg", endless(JPEG)) for number in range(100)]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    config = impatient(max_bytes=20_000_000, connections=100, per_host=100, total_timeout_s=60.0, read_timeout_s=60.0)
+    config = patient(max_bytes=20_000_000, connections=100, per_host=100, total_timeout_s=60.0, read_timeout_s=60.0)
     rows = fetch_here(tmp_path, urls, config)
     assert {row["reason"] for row in rows} == {"too_large"}
     grown_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
@@ -384,7 +384,7 @@ def test_many_bombs_at_once_cost_bounded_memory(server, tmp_path, name):
     behaviour = gzipped(bomb) if name == "gzip" else packed(bomb, name)
     urls = [server.add(f"/{number}.jpg", behaviour) for number in range(15)]
     del bomb
-    config = impatient(max_bytes=20_000_000, connections=30, per_host=30, total_timeout_s=60.0, read_timeout_s=60.0)
+    config = patient(max_bytes=20_000_000, connections=30, per_host=30, total_timeout_s=60.0, read_timeout_s=60.0)
     with most_memory() as grown_mb:
         rows = fetch_here(tmp_path, urls, config)
     assert {row["reason"] for row in rows} == {"too_large"}
@@ -418,7 +418,7 @@ def test_redirects_and_body_share_one_deadline(server, tmp_path):
     for hop in range(4):
         server.add(f"/{hop}.jpg", after(0.5, redirect(f"/{hop + 1}.jpg")))
     server.add("/4.jpg", page(JPEG))
-    (row,) = fetch_here(tmp_path, [server.url("/0.jpg")], impatient(read_timeout_s=5.0, total_timeout_s=1.2))
+    (row,) = fetch_here(tmp_path, [server.url("/0.jpg")], patient(read_timeout_s=5.0, total_timeout_s=1.2))
     assert (row["reason"], row["value"]) == ("timeout", "total")
     assert server.asked["/4.jpg"] == 0
 
@@ -433,7 +433,7 @@ def test_a_redirect_to_a_port_that_is_not_allowed_reaches_no_listener(server, tm
             server.add("/307.jpg", redirect(f"http://[::ffff:127.0.0.1]:{secret.port}/secret.jpg", status=307)),
             secret.url("/direct.jpg"),
         ]
-        rows = fetch_here(tmp_path, urls, impatient(allow_addresses=[f"127.0.0.0/8:{server.port}"], retries=2))
+        rows = fetch_here(tmp_path, urls, patient(allow_addresses=[f"127.0.0.0/8:{server.port}"], retries=2))
         assert [row["reason"] for row in rows] == ["blocked_address"] * 3
         assert rows[0]["value"] == f"127.0.0.1:{secret.port}"
         assert secret.accepted == 0
@@ -474,15 +474,15 @@ def get(url, config, resolver):
 
 def test_a_name_that_resolves_to_an_allowed_address_is_fetched(server):
     server.add("/a.jpg", page(JPEG))
-    assert get(f"http://pictures.example:{server.port}/a.jpg", impatient(), Answers(["127.0.0.1"])) == JPEG
+    assert get(f"http://pictures.example:{server.port}/a.jpg", patient(), Answers(["127.0.0.1"])) == JPEG
 
 
 def test_a_name_that_does_not_exist_will_not_pass_and_a_failing_resolver_may():
     with pytest.raises(TransferError) as unknown:
-        get("http://nowhere.example/", impatient(), Answers(socket.EAI_NONAME))
+        get("http://nowhere.example/", patient(), Answers(socket.EAI_NONAME))
     assert (unknown.value.reason, unknown.value.value, unknown.value.may_pass) == (Reason.DNS, "no such host", False)
     with pytest.raises(TransferError) as outage:
-        get("http://nowhere.example/", impatient(), Answers(socket.EAI_AGAIN))
+        get("http://nowhere.example/", patient(), Answers(socket.EAI_AGAIN))
     assert (outage.value.reason, outage.value.value, outage.value.may_pass) == (Reason.DNS, "no", True)
     assert unknown.value.is_network
     assert outage.value.is_network
@@ -491,7 +491,7 @@ def test_a_name_that_does_not_exist_will_not_pass_and_a_failing_resolver_may():
 def test_a_port_where_nobody_listens_is_connect(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    (row,) = fetch_here(tmp_path, [f"http://127.0.0.1:{port}/a.jpg"], impatient())
+    (row,) = fetch_here(tmp_path, [f"http://127.0.0.1:{port}/a.jpg"], patient())
     assert row["reason"] == "connect"
 
 
@@ -500,7 +500,7 @@ def test_a_port_where_nobody_listens_is_connect(tmp_path):
 
 def test_one_url_with_several_captions_is_fetched_once_and_keeps_them_all(server, tmp_path):
     url = server.add("/a.jpg", page(JPEG))
-    rows = fetch_here(tmp_path, [url] * 3, impatient())
+    rows = fetch_here(tmp_path, [url] * 3, patient())
     assert server.asked["/a.jpg"] == 1
     assert [row["caption"] for row in rows] == ["picture 0", "picture 1", "picture 2"]
     assert len(images(tmp_path)) == 3
@@ -510,7 +510,7 @@ def test_rows_are_sorted_and_told_with_all_their_facts(server, tmp_path):
     picture = jpeg(7, size=(900, 700))
     slow = server.add("/slow.jpg", after(0.2, page(picture)))
     urls = [slow, server.add("/quick.jpg", page(JPEG)), server.add("/no.jpg", page(b"", status=404))]
-    rows = fetch_here(tmp_path, urls, impatient(image_size=350))
+    rows = fetch_here(tmp_path, urls, patient(image_size=350))
     assert [row["key"] for row in rows] == sorted(row["key"] for row in rows)
     first = rows[0]
     assert (first["status"], first["reason"], first["error_message"], first["list_id"]) == ("success", None, None, "0")
@@ -532,6 +532,6 @@ def test_rows_are_sorted_and_told_with_all_their_facts(server, tmp_path):
 
 def test_what_a_server_writes_cannot_steer_a_terminal(server, tmp_path):
     url = server.add("/a.jpg", page(b"<html>", headers={"Content-Encoding": "a\x1b[31m" + "x" * 500}))
-    (row,) = fetch_here(tmp_path, [url], impatient())
+    (row,) = fetch_here(tmp_path, [url], patient())
     assert row["value"].isprintable()
     assert len(row["value"]) <= 200

@@ -26,7 +26,7 @@ from curate.files import fingerprint
 from curate.index import read_index
 from curate.sources import find
 from tests.buckets import s3_server
-from tests.curate.fetching import encoded, images, impatient, jpeg, photo
+from tests.curate.fetching import encoded, images, jpeg, patient, photo
 
 
 def planned(out):
@@ -212,7 +212,7 @@ def test_of_a_folder_far_away_that_is_no_list_nothing_is_copied(tmp_path, urls):
 
 def kept(out, **config):
     """(caption, bytes) of every image that arrived, after plan and fetch."""
-    fetch.run(out, impatient(**config))
+    fetch.run(out, patient(**config))
     captions = {row["key"]: (row["caption"], row["url"]) for row in planned(out)}
     return sorted((*captions[key], content) for key, content in images(out).items())
 
@@ -402,10 +402,10 @@ def test_a_source_that_moved_is_not_read_again(tmp_path):
     folder.mkdir()
     (folder / "1.jpg").write_bytes(jpeg(1))
     run(folder, tmp_path / "out")
-    fetch.run(tmp_path / "out", impatient())
+    fetch.run(tmp_path / "out", patient())
     folder.rename(tmp_path / "b")
     run(tmp_path / "b", tmp_path / "out")
-    assert fetch.run(tmp_path / "out", impatient()).made == 0
+    assert fetch.run(tmp_path / "out", patient()).made == 0
 
 
 def described(folder, rows, images):

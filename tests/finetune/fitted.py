@@ -62,7 +62,7 @@ def labelled_folder(folder: Path, each: int = 2) -> Path:
 
 def wait_until_free(run: Path) -> None:
     """Wait for the last of a killed run's processes to be gone: the lock is its ranks' and its workers' too."""
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while not _is_free(run):
         assert time.monotonic() < until, f"{run} is still locked"
         time.sleep(0.01)
