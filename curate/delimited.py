@@ -12,13 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from curate.database import files, literal
 from curate.errors import InputError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 LARGEST_TEXT_BYTES = 8 << 20
 _PACKED = {".gz": "gzip", ".zst": "zstd"}
@@ -135,7 +132,7 @@ def _seems_mixed(path: Path) -> bool:
     r"""Whether there are both \r and \n that stand alone or together; they may do so inside of quoted texts."""
     together = after = before = 0
     last = b""
-    with _bytes(path) as file:
+    with opened(path) as file:
         while block := file.read(_BLOCK_BYTES):
             before += block.count(b"\r")
             after += block.count(b"\n")
@@ -235,11 +232,12 @@ def _is_utf8(text: str) -> bool:
 
 @contextmanager
 def _text(path: Path) -> Iterator[io.TextIOWrapper]:
-    with _bytes(path) as file, io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text:
+    with opened(path) as file, io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text:
         yield text
 
 
-def _bytes(path: Path) -> pa.NativeFile:
+def opened(path: Path) -> io.BufferedReader:
+    """The bytes of a text file, unpacked if its name says that they are packed."""
     import pyarrow as pa
 
-    return pa.input_stream(str(path), compression=_PACKED.get(path.suffix.lower()))
+    return io.BufferedReader(pa.input_stream(str(path), compression=_PACKED.get(path.suffix.lower())), _BLOCK_BYTES)

@@ -43,6 +43,7 @@ from curate.expressions import (
 from curate.files import digest, file_sha256, fingerprint, sweep, write_batches, write_parquet, write_text
 from curate.filters import Step, Where
 from curate.lists import PACKED, ListColumns, ListFiles, choose_columns, readable_list, reader
+from curate.mending import in_json_lines, in_utf8
 from curate.progress import progress
 from curate.shards import PLACE, shard_name
 from curate.sources import find
@@ -116,12 +117,17 @@ def run(
         InputError: the list cannot be read, or has no rows.
         ConfigError: a column or an expression in the configuration is wrong.
     """
-    source = find(urls, out / LISTS, out, config.columns.caption)
+    cache = out / LISTS
+    source = find(urls, cache, out, config.columns.caption)
+    if source.kind == "json":
+        cache.mkdir(parents=True, exist_ok=True)  # the database must know that it may read there
+    elif source.kind != "parquet":
+        source = in_utf8(source, cache)
     folder = out / "plan"
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
-    with connect(MEMORY_LIMIT, 0, out / SPILL, [*source.paths, folder]) as db:
-        table = reader(db, source)
+    with connect(MEMORY_LIMIT, 0, out / SPILL, [*source.paths, cache, folder]) as db:
+        source, table = _readable(db, source, cache)
         with readable_list(source):
             types = column_types(db, table)
         columns = choose_columns(types, source, config, RESERVED.difference(PLACE) if source.root else RESERVED)
@@ -139,6 +145,17 @@ def run(
     done = {"root": root, "inputs": inputs, "files": _digests(folder), "result": _plain(result)}
     write_text(folder / DONE, json.dumps(done, indent=1) + "\n")
     return result
+
+
+def _readable(db: duckdb.DuckDBPyConnection, source: ListFiles, cache: Path) -> tuple[ListFiles, str]:
+    """The list and the SQL that reads it; where JSON lines cannot be read, a list without those few that are broken."""
+    try:
+        return source, reader(db, source)
+    except InputError:
+        mended = in_json_lines(source, cache) if source.kind == "json" else source
+        if mended == source:
+            raise
+        return mended, reader(db, mended)
 
 
 def _read_done(folder: Path) -> dict[str, Any]:

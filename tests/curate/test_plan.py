@@ -319,6 +319,8 @@ def test_a_filter_that_cannot_work_is_told_before_any_request(tmp_path):
         ("l.csv", b"", "l.csv: is empty; expected a header"),
         ("l.csv.gz", gzip.compress(b"url,caption\nhttp://a.test/,x\n" * 9, mtime=0)[:-9], "l.csv.gz: cannot be read"),
         ("l.jsonl", b'{"url": "http://a.test"\n', "cannot be read as json"),
+        ("l.jsonl.gz", gzip.compress(b'{"url": "http://a.test/"}\n' * 9, mtime=0)[:-9], "cannot be read as json"),
+        ("l.txt.gz", gzip.compress(b"http://a.test/\xe9\n" * 9000, mtime=0)[:-9], "l.txt.gz: .*"),
         ("l.json", b"[1, 2]", "expected JSON objects"),
         (
             "l.jsonl",
@@ -347,7 +349,6 @@ def test_a_list_that_cannot_be_read_is_told_in_one_line(tmp_path, name, content,
         ("http://a.test/b,one, two\n", 2, r'has 3 fields, the header \(line 1\) 2; put "quotes" around .* a comma'),
         ('"http://a.test/b","two\nlines"\nhttp://a.test/c\n', 4, "has 1 field, the header .* 2; an empty field"),
         ('http://a.test/b,"open\nhttp://a.test/c,x\n', 2, 'a " that opens a text is not closed'),
-        ("http://a.test/b,caf\xe9\n", 2, "is not UTF-8"),
     ],
 )  # fmt: skip
 def test_a_row_of_a_csv_that_does_not_fit_is_told_with_its_line(tmp_path, before, rows, line, says):
@@ -413,12 +414,63 @@ def test_the_columns_of_a_csv_are_named_as_its_first_line_says(tmp_path, header,
     assert [name for name in candidates(tmp_path / "out")[0] if name in names] == names
 
 
-def test_a_late_mistake_in_json_lines_is_one_line_too(tmp_path):
-    rows = [{"url": f"http://a.test/{n}", "caption": "x" * 100} for n in range(30_000)]
-    (tmp_path / "l.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"url": "http://a.te\n')
-    with pytest.raises(InputError, match=r"l\.jsonl: cannot be read as json") as error:
+BROKEN = (
+    b'{"url": ' + b"[" * 100_000 + b"\n",
+    b'{"url": "http://a.te\n',
+    b"[1, 2]\n",
+    b'{"url": "http://a.test/half", "caption": "a \\ud83e fox"}\n',
+    b'{"url": "http://a.test/latin", "caption": "caf\xe9"}\n',
+)
+
+
+@pytest.mark.parametrize("name", ["l.jsonl", "l.jsonl.gz"])
+def test_a_few_broken_json_lines_cost_no_other_row(tmp_path, caplog, name):
+    lines = [json.dumps({"url": f"http://a.test/{n}", "caption": f"photo {n}"}).encode() + b"\n" for n in range(25_000)]
+    lines[24_000:24_000] = BROKEN
+    content = b"".join(lines)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert run(tmp_path / name, tmp_path / "out").dropped == {"empty_url": 3}
+    assert {row["row"]: row["reason"] for row in drops(tmp_path / "out")} == dict.fromkeys(
+        range(24_000, 24_003), "empty_url"
+    )
+    read = candidates(tmp_path / "out")
+    assert len(read) == 25_002
+    assert [read[24_000 + n]["caption"] for n in range(3)] == ["a \ufffd fox", "caf\ufffd", "photo 24000"]
+    assert f"{name}: broken JSON: 5 of 25,005 lines, the first is line 24001" in caplog.text
+    assert not run(tmp_path / name, tmp_path / "out").made
+
+
+def test_many_broken_json_lines_are_another_form(tmp_path):
+    rows = [b'{"url": "http://a.test/%d", "caption": "x"}\n' % n for n in range(400)]
+    (tmp_path / "l.jsonl").write_bytes(b"".join(rows) + b"{\n" * 11)
+    with pytest.raises(InputError, match=r"l\.jsonl: cannot be read as json: .*line 40[12]") as error:
         run(tmp_path / "l.jsonl", tmp_path / "out")
     assert "\n" not in str(error.value)
+    assert not list((tmp_path / "out" / ".list").iterdir())
+
+
+@pytest.mark.parametrize("name", ["l.csv", "l.csv.gz", "l.tsv", "l.txt"])
+def test_a_few_bytes_that_are_not_utf8_cost_no_row(tmp_path, caplog, name):
+    mark = "\t" if name == "l.tsv" else ","
+    ends = "" if name == "l.txt" else f"{mark}café"
+    rows = [f"http://a.test/{n}{ends}".encode("latin-1" if n in (700, 800) else "utf-8") for n in range(1000)]
+    rows[900] = b"http://a.test/caf\xe9" + ends.encode()
+    content = b"\n".join([*([] if name == "l.txt" else [f"url{mark}caption".encode()]), *rows])
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert run(tmp_path / name, tmp_path / "out").candidates == 1000
+    read = candidates(tmp_path / "out")
+    if ends:
+        assert [read[row]["caption"] for row in (699, 700, 701)] == ["café", "caf\ufffd", "café"]
+        assert f"{name}: not UTF-8: 3 of 1,001 lines, the first is line 702" in caplog.text
+    assert read[900]["url"] == "http://a.test/caf\ufffd"
+    assert not run(tmp_path / name, tmp_path / "out").made
+
+
+def test_many_bytes_that_are_not_utf8_are_another_encoding(tmp_path):
+    rows = "url,caption\n" + "".join(f"http://a.test/{n},café\n" for n in range(50))
+    (tmp_path / "l.csv").write_bytes(rows.encode("latin-1"))
+    with pytest.raises(InputError, match=r"l\.csv: line 2 is not UTF-8 \(50 of 51 lines are not\); convert the file"):
+        run(tmp_path / "l.csv", tmp_path / "out")
 
 
 def test_a_list_that_is_not_there_or_mixed_is_told(tmp_path):
