@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
+import re
 from collections.abc import Iterable
 
 
@@ -85,7 +87,8 @@ _FULL_TO_SQLITE = frozenset(
         "attempt to write a readonly database",
     )
 )
-
+# And of safetensors, which has it at the end.
+_SYSTEMS_NUMBER = re.compile(r"\(os error (\d+)\)$")
 
 _CONTINUES = "what is done is kept, the same command continues"
 
@@ -97,6 +100,9 @@ def told(error: BaseException) -> CliptailorError | None:
         return UnwritableDisk(f"{error.strerror}{where}; {_CONTINUES}")
     if type(error).__module__ == "sqlite3" and str(error) in _FULL_TO_SQLITE:  # by its name, so that none imports it
         return UnwritableDisk(f"robots.sqlite: {error}; is the disk full? {_CONTINUES}")
+    number = _SYSTEMS_NUMBER.search(str(error)) if type(error).__module__.startswith("safetensors") else None
+    if number and int(number[1]) in _FULL:
+        return UnwritableDisk(f"{os.strerror(int(number[1]))}; {_CONTINUES}")
     return error if isinstance(error, CliptailorError) else None
 
 

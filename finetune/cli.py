@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from curate.errors import CliptailorError, ConfigError, told
+from curate.errors import ConfigError, told
 from curate.options import add_config, as_config, located, new_parser, parse, with_presets
 from finetune.arguments import (
     EvaluateOptions,
@@ -476,7 +476,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("finetune: interrupted", file=sys.stderr)
         return 130
-    except (CliptailorError, OSError) as error:
+    except Exception as error:
         if not (tellable := told(error)):
             raise
         print(f"finetune: {located(str(tellable), arguments, OPTIONS)}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from curate.clip import Clip, load_clip
 from curate.errors import ConfigError, InputError, ModelError
+from finetune.cli import main
 from finetune.config import AdapterConfig
 from finetune.export import check, check_export, export, write_open_clip, write_transformers
 from finetune.runs import checkpoint_of, load_module, load_trained_clip
@@ -229,6 +231,21 @@ def adapted(tmp_path_factory, dataset, architectures):
     targets = ["q", "k", "v", "out", "fc", "proj", "projection"]
     adapter = AdapterConfig(kind="lora", rank=2, targets=targets)
     return fit_tiny(folder, dataset, f"local-dir:{folder / 'start'}", adapter, steps=3).out
+
+
+@pytest.mark.parametrize("form", ["open_clip", "transformers", "adapter", "onnx"])
+def test_a_full_disk_in_an_export_is_one_line_and_the_same_command_continues(adapted, tmp_path, capsys, form):
+    words = ["export", "--run", str(adapted), "--out", str(tmp_path / "clip"), "--to", form]
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, most))
+    try:
+        assert main(words) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == "finetune: File too large; what is done is kept, the same command continues"
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert main(words) == 0
 
 
 @pytest.mark.parametrize("form", ["open_clip", "transformers", "onnx", "adapter"])
