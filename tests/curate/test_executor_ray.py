@@ -31,6 +31,9 @@ from tests.hostile.test_politeness import by_host, most_at_once, most_in
 REPOSITORY = Path(__file__).parents[2]
 IMAGES = 180
 PER_HOST, RATE = 5, 16.0
+# Ray takes minutes where the machine is busy with others.
+PATIENCE_S = 240.0
+pytestmark = pytest.mark.timeout(2 * PATIENCE_S)
 # Each worker stops in the middle of a shard, and says so, until it may go on.
 HELD_SIGNAL = """
 import os
@@ -77,7 +80,12 @@ def curate_here(*words, folder):
 
 
 def finished(process):
-    out, said = process.communicate(timeout=100)
+    try:
+        out, said = process.communicate(timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
     assert process.returncode == 0, said
     return out, said
 
@@ -135,12 +143,14 @@ def builds(nodes, tmp_path_factory):
         before = len(server.log())
         words = ["build", "--config", "recipe.yaml", "--out", "ray", "--executor", "ray"]
         running = curate(*words, folder=folder, environment=nodes.environment)
-        assert eventually(lambda: len(server.log()) > before + IMAGES // 3 or running.poll() is not None, 60)
+        assert eventually(lambda: len(server.log()) > before + IMAGES // 3 or running.poll() is not None, PATIENCE_S)
         at_its_death = len(server.log()) - before
         nodes.kill_node()
-        out, said = finished(running)
+        try:
+            out, said = finished(running)
+        finally:
+            nodes.add_node()
         log = server.log()[before:]
-    nodes.add_node()
     return folder, out, said, log, at_its_death
 
 
@@ -180,14 +190,16 @@ def test_measuring_goes_on_when_a_node_is_killed(builds, nodes):
     (folder / "own.yaml").write_text(yaml.safe_dump({"measure": {"signals": [signal_], "text": False}}))
     words = ["measure", "--config", "own.yaml", "--out"]
     running = curate(*words, "ray", "--executor", "ray", folder=folder, environment=nodes.environment)
-    assert eventually(lambda: len(list(folder.glob("held-*"))) == 2, 60)
+    assert eventually(lambda: len(list(folder.glob("held-*"))) == 2, PATIENCE_S)
     held = [int(path.name.removeprefix("held-")) for path in folder.glob("held-*")]
     nodes.kill_node()
     # A worker outlives its raylet a little, and could do all that is left.
-    assert eventually(lambda: sum(alive(pid) for pid in held) == 1, 60)
+    assert eventually(lambda: sum(alive(pid) for pid in held) == 1, PATIENCE_S)
     (folder / "go").touch()
-    said = finished(running)[1]
-    nodes.add_node()
+    try:
+        said = finished(running)[1]
+    finally:
+        nodes.add_node()
     assert "a worker on node 127.0.0.1 is gone" in said
     curate_here(*words, "local", folder=folder)
     digests = [
@@ -224,7 +236,7 @@ def test_a_killed_worker_is_noticed_and_its_item_is_tried_twice(crew, tmp_path, 
     started = time.monotonic()
     item = (str(tmp_path), deaths)
     assert list(run_over(doing(die_at), [item], crew)) == [Outcome(item, None if died else "done", died)]
-    assert time.monotonic() - started < 40
+    assert time.monotonic() - started < PATIENCE_S
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -258,14 +270,14 @@ def test_no_worker_outlives_its_driver(nodes, tmp_path, how):
         stderr=subprocess.DEVNULL,
     )
     try:
-        assert eventually(lambda: len([path for path in tmp_path.iterdir() if path.name.isdigit()]) == 2, 60)
+        assert eventually(lambda: len([path for path in tmp_path.iterdir() if path.name.isdigit()]) == 2, PATIENCE_S)
         os.kill(driver.pid, how)
-        driver.wait(20)
+        driver.wait(60)
     finally:
         driver.kill()
         driver.wait()
     pids = [int(path.name) for path in tmp_path.iterdir()]
-    assert eventually(lambda: not any(alive(pid) for pid in pids), seconds=15)
+    assert eventually(lambda: not any(alive(pid) for pid in pids), seconds=60)
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
@@ -302,7 +314,7 @@ def test_without_ray_one_line_says_how_to_install_it_and_nothing_else_misses_it(
     finished(curate("plan", "--urls", "pictures", "--out", "dataset", folder=pictures, environment=environment))
     asked = curate(*words, "ray", folder=pictures, environment=environment)
     assert (
-        asked.communicate(timeout=60)[1]
+        asked.communicate(timeout=PATIENCE_S)[1]
         == "curate: --executor ray: Ray is not installed; pip install 'cliptailor[ray]'\n"
     )
     assert asked.returncode == 2
@@ -317,7 +329,7 @@ def asked_at(address, folder):
 def test_an_address_that_is_none_is_told(pictures):
     asked = asked_at("nowhere", pictures)
     assert (
-        asked.communicate(timeout=60)[1]
+        asked.communicate(timeout=PATIENCE_S)[1]
         .splitlines()[-1]
         .startswith(
             "curate: --executor ray: no Ray cluster can be reached (Invalid address format: nowhere); start one with "
@@ -335,5 +347,7 @@ def test_an_address_where_nobody_is_is_soon_suspected(pictures):
 
 def test_an_unknown_executor_is_told(tmp_path):
     asked = curate("build", "--urls", "x", "--executor", "spark", folder=tmp_path)
-    assert asked.communicate(timeout=60)[1].strip().startswith("curate: executor: 'spark' is none of local, ray")
+    assert (
+        asked.communicate(timeout=PATIENCE_S)[1].strip().startswith("curate: executor: 'spark' is none of local, ray")
+    )
     assert asked.returncode == 2
