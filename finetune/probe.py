@@ -123,16 +123,15 @@ def probe(
         validation: the same; None: four folds of train.
         classes: C.
     """
-    start: LinearProbe | None = None
+    # Each split starts where it ended itself: the others' classifiers have seen what it holds out.
+    starts: dict[int, LinearProbe] = {}
 
     def accuracy(penalty: float) -> float:
-        nonlocal start
         hits = total = 0
-        for (feature_ND, label_N), (held_feature_ND, held_label_N) in _splits(train, validation):
-            fitted = fit_probe(feature_ND, label_N, classes, penalty, start)
-            hits += int((fitted.scores(held_feature_ND).argmax(1) == held_label_N).sum())
+        for split, ((feature_ND, label_N), (held_feature_ND, held_label_N)) in enumerate(_splits(train, validation)):
+            starts[split] = fit_probe(feature_ND, label_N, classes, penalty, starts.get(split))
+            hits += int((starts[split].scores(held_feature_ND).argmax(1) == held_label_N).sum())
             total += len(held_label_N)
-            start = fitted
         return hits / total
 
     penalty = best_penalty(accuracy)

@@ -50,6 +50,11 @@ def test_the_search_finds_the_peak_of_all_97_penalties(peak: float):
     assert len(set(asked)) == len(asked)
 
 
+def test_of_penalties_that_do_equally_well_the_strongest_is_taken():
+    assert best_penalty(lambda _: 0.5) == pytest.approx(1e6)
+    assert best_penalty(lambda penalty: float(penalty < 15)) == pytest.approx(10 ** (9 / 8))
+
+
 def test_the_penalty_is_chosen_on_the_validation_split_alone():
     features, labels = digits()
     train, held = (features[:80], labels[:80]), (features[80:400], labels[80:400])
@@ -73,10 +78,41 @@ def test_a_few_shot_probe_uses_folds_of_its_shots():
     assert right.double().mean() >= theirs.score(features[1000:], labels[1000:]) - 0.03
 
 
+def test_without_a_validation_split_each_sample_is_held_out_once():
+    features, labels = digits()
+    few = torch.nonzero(labels < 3).flatten()[:24]
+    labels, fold = labels[few], folds(labels[few])
+    features = features[few] + torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
+
+    def accuracy(penalty: float) -> float:
+        hits = 0
+        for held in (fold == number for number in range(4)):
+            fitted = fit_probe(features[~held], labels[~held], 3, penalty)
+            hits += int((fitted.scores(features[held]).argmax(1) == labels[held]).sum())
+        return hits / 24
+
+    assert probe((features, labels), None, 3).penalty == best_penalty(accuracy)
+
+
+def test_no_fold_starts_from_a_classifier_that_has_seen_what_it_holds_out(monkeypatch):
+    random = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(40, 64, generator=random), torch.randint(0, 2, (40,), generator=random)
+    scores = []
+
+    def look(score) -> float:
+        scores.extend(score(penalty) for penalty in (1e-6, 1e-4, 1.0))
+        return 1.0
+
+    monkeypatch.setattr("finetune.probe.best_penalty", look)
+    probe((features, labels), None, 2)
+    assert max(scores) < 0.75  # of labels that nothing foretells
+
+
 def test_shots_are_drawn_by_class_and_seed():
     labels = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2])
     shots = draw_shots(labels, 2, seed=3)
     assert torch.bincount(labels[shots]).tolist() == [2, 1, 2]
+    assert draw_shots(labels, 4, seed=3).tolist() == list(range(8))  # none twice
     assert torch.equal(shots, draw_shots(labels, 2, seed=3))
     assert len({tuple(draw_shots(labels, 2, seed=seed).tolist()) for seed in range(20)}) > 3
 
