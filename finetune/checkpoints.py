@@ -58,8 +58,8 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     try:
         with path.open("wb") as file:
             torch.save(checkpoint, file)
-    except RuntimeError as error:
-        if isinstance(failed := error.__context__, OSError):
+    except (RuntimeError, OSError) as error:
+        if isinstance(failed := error if isinstance(error, OSError) else error.__context__, OSError):
             raise OSError(failed.errno, failed.strerror, str(path)) from None
         raise
 

@@ -347,7 +347,7 @@ def _few(every: list[Group]) -> Iterator[Group]:
 def size(count: float) -> str:
     """`607 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:  # else it would be rounded to 1e+03
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
