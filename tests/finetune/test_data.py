@@ -163,6 +163,20 @@ def test_replayed_samples_go_round_their_split_evenly(num_samples, num_replay, b
     assert max(seen.values()) - min(seen[num_samples + n] for n in range(num_replay)) <= 1
 
 
+def test_replayed_samples_come_in_another_order_in_each_turn_and_by_the_seed():
+    def turns(seed: int) -> list[list[int]]:
+        plan = Schedule(40, 20, 8, 0.5, seed)
+        drawn = [draw for epoch in range(2) for number in range(10) for draw in plan.batch(epoch, number)[4:]]
+        assert [draw.turn for draw in drawn] == [0] * 20 + [1] * 20 + [2] * 20 + [3] * 20
+        return [[draw.row for draw in drawn[start : start + 20]] for start in range(0, 80, 20)]
+
+    orders = [*turns(7), *turns(8)]
+    assert len({tuple(order) for order in orders}) == 8
+    # Nor are they those in which as many fresh samples would come.
+    fresh = [[40 + draw.row for draw in Schedule(20, 0, 20, 0.0, 7).batch(epoch, 0)] for epoch in range(4)]
+    assert not any(order in fresh for order in orders[:4])
+
+
 @settings(deadline=None, max_examples=80)
 @given(st.integers(8, 120), st.integers(0, 9), st.data())
 def test_cut_into_other_batches_the_rest_of_an_epoch_is_what_was_not_seen(num_samples, num_replay, data):
@@ -369,6 +383,21 @@ def test_augmentation_differs_between_epochs_and_is_off_at_full_scale(clip, data
     assert isinstance(plain.dataset.view, EvaluationView)
 
 
+def test_of_equal_images_each_has_a_crop_of_its_own_and_of_the_seed(clip, tmp_path):
+    schema = pa.schema([("key", pa.string()), ("caption", pa.string())])
+    with ShardWriter(tmp_path / "00000", schema, made_from="test") as shard:
+        for number in range(8):
+            shard.add({"key": f"{number}", "caption": "x"}, tiny.picture("red", "circle", 0), "png")
+    seen = []
+    for seed in (0, 0, 1):
+        pairs = WithClip(clip, config(tmp_path, crop_scale=(0.1, 1.0)), seed).train_dataloader().dataset
+        pixels = pairs.__getitems__([Draw(row, 0) for row in range(8)]).batch["pixels"]
+        seen.append([each.numpy().tobytes() for each in pixels])
+        assert len(set(seen[-1])) == 8
+    assert seen[0] == seen[1]
+    assert all(one != other for one, other in zip(seen[0], seen[2], strict=True))
+
+
 def test_saved_and_restored_at_every_batch_a_loader_gives_what_an_unbroken_one_does(clip, dataset):
     def loader():
         return WithClip(clip, config(dataset, replay=0.25, crop_scale=(0.4, 1.0))).train_dataloader()
@@ -541,6 +570,37 @@ def test_stand_ins_are_the_same_with_workers_and_after_a_resume(clip, damaged):
         resumed = lossy(clip, damaged)
         resumed.load_state_dict(resumed.state_dict() | {"next_batch": taken})
         assert_same(batches(resumed), expected[taken:])
+
+
+def test_stand_ins_are_drawn_anew_for_each_sample_pass_and_seed_until_one_can_be_read(clip, tmp_path):
+    schema = pa.schema([("key", pa.string()), ("caption", pa.string())])
+    with ShardWriter(tmp_path / "00000", schema, made_from="test") as shard:
+        for number in range(40):  # every other one is broken
+            shard.add({"key": f"k{number}", "caption": "x"}, jpeg(number) if number % 2 else b"", "jpg")
+    seen = []
+    for seed, turn in ((0, 0), (0, 1), (1, 0)):
+        pairs = WithClip(clip, config(tmp_path), seed).train_dataloader().dataset
+        read = pairs.__getitems__([Draw(row, turn) for row in range(0, 40, 2)])
+        seen.append(read.batch["row"].tolist())
+        assert all(row % 2 for row in seen[-1])
+        assert len(set(seen[-1])) > 8  # of 20 drawn from 20
+        assert len(read.broken) > 20  # what was to stand in and is broken counts, too
+        assert {each.row for each in read.broken} == set(range(0, 40, 2))
+    assert seen[0] != seen[1] != seen[2] != seen[0]
+
+
+def test_for_the_first_sample_of_a_source_one_of_the_same_stands_in(clip, tmp_path):
+    schema = pa.schema([("key", pa.string()), ("caption", pa.string())])
+    for name in ("a", "b"):
+        with ShardWriter(tmp_path / name / "00000", schema, made_from="test") as shard:
+            for number in range(3):
+                shard.add({"key": f"{name}{number}", "caption": "x"}, jpeg(number) if number else b"", "jpg")
+    sources = [SourceConfig(path=tmp_path / name) for name in ("a", "b")]
+    pairs = lossy(clip, tmp_path, sources=sources).dataset
+    for turn in range(4):
+        first, second = pairs.__getitems__([Draw(0, turn), Draw(3, turn)]).batch["row"].tolist()
+        assert first in (1, 2)
+        assert second in (4, 5)
 
 
 def test_a_stand_in_is_of_the_same_source(clip, damaged, tmp_path):

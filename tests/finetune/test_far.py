@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import pickle
 import shutil
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from hypothesis import strategies as st
 from curate import cache, remote
 from curate.cache import fetch
 from curate.clip import load_clip
-from curate.errors import ConfigError, InputError, Outage
+from curate.errors import ConfigError, InputError, Outage, UnwritableDisk
 from curate.index import MemberReader, iter_images, read_index
 from curate.remote import cache_folder, far, locked, mirror
 from curate.shards import ShardWriter, shard_folder
@@ -93,6 +95,13 @@ def tars() -> list[Path]:
     return sorted(cache_folder().glob("*/*/*.tar"))
 
 
+def wait_until(ready: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def in_cache() -> int:
     """Bytes of all tars, whole or not yet, at a moment when none takes its room."""
     with locked(cache_folder() / ".lock"):
@@ -157,6 +166,20 @@ def test_each_window_is_shuffled_in_its_own_way_and_in_each_epoch_anew():
     assert (first != second).mean() > 0.9
 
 
+def test_a_windowed_epoch_has_another_order_by_the_seed():
+    windows = Windows.of(pa.chunked_array([pa.array(np.repeat(np.arange(10), 10))]), 20)
+
+    def order(seed: int) -> np.ndarray:
+        return np.array([draw.row for draw in Schedule(100, 0, 100, 0.0, seed, order=windows).batch(0, 0)])
+
+    first, second = order(7), order(8)
+    assert np.array_equal(first, windows.rows(np.arange(100), 1, 7, 0))
+    shards = [[set(part) for part in (rows // 10).reshape(5, 20).tolist()] for rows in (first, second)]
+    assert shards[0] != shards[1]
+    whole = Windows.of(pa.chunked_array([pa.array(np.zeros(100, int))]), 100)  # a window of one shard
+    assert not np.array_equal(*(whole.rows(np.arange(100), 1, seed, 0) for seed in (7, 8)))
+
+
 @pytest.mark.parametrize("machines", [1, 2])
 def test_a_batch_in_two_windows_needs_no_third(machines):
     windows = Windows.of(pa.chunked_array([pa.array(np.repeat(np.arange(50), 20))]), 60)
@@ -188,6 +211,9 @@ def test_each_machine_reads_its_part_of_the_shards_and_all_together_an_epoch(mac
     for rank in range(world):
         mine = replace(plan, rank=rank)
         for number in range(mine.batches(0)):
+            beside = [replace(plan, rank=rank // ranks_each * ranks_each + each) for each in range(ranks_each)]
+            together = np.concatenate([each.places(0, number) for each in beside])
+            assert sorted(mine.places_of_machine(0, number)) == sorted(together)
             needed = set(order.needed(mine.places(0, number), machines, 7, 0).tolist())
             assert {draw.row // 20 for draw in mine.batch(0, number)} <= needed <= shards[rank // ranks_each]
 
@@ -223,6 +249,21 @@ def test_cut_into_other_batches_a_windowed_epoch_goes_on_at_its_sample(sizes, wi
     assert new.machines_of(1) == other_machines
 
 
+def test_a_checkpoint_that_names_no_machines_is_of_one():
+    order = Windows.of(pa.chunked_array([pa.array(np.repeat(np.arange(10), 10))]), 20)
+    one, two = (Schedule(100, 0, 5, 0.0, 7, 2, order=order, machines=machines) for machines in (1, 2))
+    manner = {name: value for name, value in one.manner.items() if name != "machines"}
+    rest = two.going_on(one.since, manner, 0, 4)
+    seen = [
+        draw.row
+        for plan, numbers in ((one, range(4)), (rest, range(4, 10)))
+        for number in numbers
+        for rank in range(2)
+        for draw in replace(plan, rank=rank).batch(0, number)
+    ]
+    assert sorted(seen) == list(range(100))
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +291,19 @@ def test_window_after_window_each_sample_comes_once_and_each_tar_is_fetched_once
         assert_same(batches(together), epoch)
     fetched = Counter(name for name in server.downloads() if name.endswith(".tar"))
     assert fetched == {f"train-{number:05d}.tar": 1 for number in range(7)}
+
+
+def test_the_next_window_is_fetched_ahead_and_behind_an_epoch_nobody_fetches(clip, server):
+    before = set(threading.enumerate())
+    data = WithClip(clip, config())
+    read = data.train_dataloader()
+    needed = data.needs(read.schedule, 0, 0)
+    rows = iter(read)
+    first = next(rows)
+    assert {f"train-{row // 8:05d}.tar" for row in first["row"].tolist()} < {tar.name for tar in needed}
+    wait_until(lambda: all(tar.exists() for tar in needed))
+    assert len(list(rows)) == 8
+    wait_until(lambda: not any("_work" in thread.name for thread in set(threading.enumerate()) - before))
 
 
 def test_saved_and_restored_in_an_epoch_a_windowed_loader_goes_on_the_same(clip, server):
@@ -322,6 +376,38 @@ def test_what_nobody_has_needed_for_the_longest_time_makes_room(server, monkeypa
     assert tars() == [first, third]
 
 
+def test_what_is_wanted_first_is_fetched_first_and_stays_the_longest(server, monkeypatch):
+    monkeypatch.setattr(cache, "_AT_ONCE", 1)
+    last, middle, first = read_index(FAR, "train").tars[:3]
+    del server.requests[:]
+    ahead = cache.ReadAhead()
+    try:
+        ahead.want([first, middle, last])
+        wait_until(last.exists)
+        assert server.downloads() == [first.name, middle.name, last.name]
+        ahead.want([first, middle, last])
+    finally:
+        ahead.close()
+    monkeypatch.setenv("CLIPTAILOR_CACHE_GB", str(3.5 * SHARD / 1e9))
+    fetch(read_index(FAR, "train").tars[3])
+    assert first in tars()
+    assert last not in tars()
+
+
+def test_behind_its_end_nothing_is_fetched_ahead(server, monkeypatch):
+    monkeypatch.setattr(cache, "_AT_ONCE", 1)
+    index = read_index(FAR, "train")
+    ahead = cache.ReadAhead()
+    with cache._alone(index.tars[0].with_name(f".{index.tars[0].name}.part")):  # as if another process fetched it
+        ahead.want(index.tars[:3])
+        wait_until(lambda: bool(ahead._under_way))
+        ahead.close()
+    wait_until(index.tars[0].exists)
+    assert ahead._waiting == []
+    wait_until(lambda: not ahead._under_way)
+    assert tars() == index.tars[:1]
+
+
 def test_what_is_wanted_no_more_is_not_fetched_ahead(server, monkeypatch):
     monkeypatch.setattr(cache, "_AT_ONCE", 0)  # nobody begins
     tars = read_index(FAR, "train").tars
@@ -368,6 +454,66 @@ def test_the_part_of_a_killed_process_is_removed_for_room_and_not_taken_for_a_ta
         ConfigError, match=r"CLIPTAILOR_CACHE_GB: 1e-05, but s3://far/dataset/shards/train-00003\.tar alone"
     ):
         fetch(index.tars[3])
+
+
+@pytest.mark.timeout(60)
+def test_a_cache_of_one_tar_has_room_for_it_again_and_again(server, monkeypatch):
+    """Where a kill has left its part, too: that is not in its own way."""
+    index = read_index(FAR, "train")
+    monkeypatch.setenv("CLIPTAILOR_CACHE_GB", str(SHARD / 1e9))
+    fetch(index.tars[0])
+    fetch(index.tars[1])
+    assert tars() == [index.tars[1]]
+    index.tars[2].with_name(f".{index.tars[2].name}.part").write_bytes(bytes(SHARD))
+    fetch(index.tars[2])
+    assert tars() == [index.tars[2]]
+    assert in_cache() == SHARD
+
+
+def test_what_another_is_fetching_is_waited_for_and_never_removed(server, monkeypatch):
+    index = read_index(FAR, "train")
+    monkeypatch.setenv("CLIPTAILOR_CACHE_GB", str(2 * SHARD / 1e9))
+    part = index.tars[0].with_name(f".{index.tars[0].name}.part")
+    with cache._alone(part) as file:
+        file.truncate(SHARD)
+        os.utime(part, ns=(0, 0))
+        fetch(index.tars[1])
+        fetch(index.tars[2])
+        assert part.stat().st_size == SHARD
+        assert tars() == [index.tars[2]]
+        waiting = threading.Thread(target=fetch, args=(index.tars[0],))
+        waiting.start()
+        index.tars[0].write_bytes(b"from another process")
+        del server.requests[:]
+    waiting.join(60)
+    assert index.tars[0].read_bytes() == b"from another process"
+    assert not part.exists()
+    assert server.downloads() == []
+
+
+def test_a_full_disk_is_told_with_the_folder_and_not_tried_again(server, monkeypatch):
+    tried = []
+
+    def copy_to(*_) -> None:
+        tried.append(1)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cache, "copy_to", copy_to)
+    with pytest.raises(
+        UnwritableDisk, match=r"train-00000\.tar: No space left on device; CLIPTAILOR_CACHE names another"
+    ):
+        fetch(read_index(FAR, "train").tars[0])
+    assert tried == [1]
+    assert tars() == []
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "5 GB"])
+def test_the_room_of_the_cache_is_a_number_above_0(given, monkeypatch):
+    monkeypatch.setenv("CLIPTAILOR_CACHE_GB", given)
+    with pytest.raises(ConfigError, match=rf"CLIPTAILOR_CACHE_GB: expected gigabytes, above 0, got '{given}'"):
+        cache.cache_bytes()
+    monkeypatch.setenv("CLIPTAILOR_CACHE_GB", "")
+    assert cache.cache_bytes() == 50_000_000_000
 
 
 def test_captions_that_stay_in_tars_far_away_are_read_from_there(clip, here, server, monkeypatch):

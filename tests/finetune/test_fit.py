@@ -30,6 +30,7 @@ from finetune.checkpoints import (
     RandomState,
     random_state,
     set_random_state,
+    write_checkpoint,
 )
 from finetune.config import (
     AdapterConfig,
@@ -283,6 +284,16 @@ def test_a_signal_waits_for_the_end_of_a_batch_and_while_sets_are_evaluated_stop
         with pytest.raises(Interrupted) as caught:
             keeper._stop(signal.SIGINT, None)
         assert caught.value.code == 130
+        keeper._signal = 0
+        asked = FakeTrainer(is_last_batch=False)
+        asked.strategy = SimpleNamespace(reduce_boolean_decision=lambda *_, **__: True)  # another rank has been
+        with pytest.raises(Interrupted) as caught:
+            keeper.on_validation_batch_end(asked)
+        assert caught.value.code == 143
+        keeper._signal, keeper._waits = 0, True
+        keeper.on_train_end()
+        with pytest.raises(Interrupted):
+            keeper._stop(signal.SIGTERM, None)
     finally:
         keeper.teardown()
 
@@ -357,7 +368,7 @@ def test_with_another_batch_size_a_run_goes_on_at_the_same_sample_and_says_so(
 
 
 def test_other_data_or_another_rate_need_a_word_and_then_count(short, taken_up, tmp_path, monkeypatch):
-    optimizer = replace(short.model.optimizer, lr=2e-3, schedule="constant", warmup=0.0)
+    optimizer = replace(short.model.optimizer, lr=2e-3, schedule="constant", warmup=0.0, weight_decay=0.3, eps=1e-5)
     other = tiny.write_dataset(tmp_path / "other", train=20)
     changed = replace(
         short,
@@ -374,12 +385,124 @@ def test_other_data_or_another_rate_need_a_word_and_then_count(short, taken_up, 
     assert [sorted(row for batch in rows[i : i + 4] for row in batch) for i in (0, 4)] == [list(range(20))] * 2
     assert len(rows) == 8
     assert in_metrics(taken_up, "lr-AdamW")[3:] == pytest.approx([2e-3] * 8)
+    (state,) = loaded(taken_up / "checkpoints" / "last.ckpt")["optimizer_states"]
+    assert {group["weight_decay"] for group in state["param_groups"]} <= {0.0, 0.3}
+    assert any(group["weight_decay"] for group in state["param_groups"])
+    assert {group["eps"] for group in state["param_groups"]} == {1e-5}
 
 
 def test_what_a_checkpoint_is_made_of_cannot_be_changed(short, taken_up):
     changed = replace(short, out=taken_up, model=replace(short.model, adapter=AdapterConfig(rank=4, dropout=0.3)))
     with pytest.raises(ConfigError, match=r"model\.adapter\.rank was 2 and is 4\. Its checkpoints do not fit that"):
         fit(changed, changed=True)
+
+
+def with_key(part, key: str, value):
+    """A configuration in which one key has another value."""
+    name, _, rest = key.partition(".")
+    return replace(part, **{name: with_key(getattr(part, name), rest, value) if rest else value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.adapter.variant", "dora"),
+        ("model.loss.kind", "siglip"),
+        ("model.loss.distill_feature", 0.5),
+        ("model.loss.distill_logit", 0.5),
+        ("model.loss.l2_start", 0.5),
+        ("model.optimizer.ema", 0.9),
+        ("model.optimizer.layer_decay", 0.5),
+        ("model.optimizer.image_lr", 1e-3),
+        ("model.optimizer.text_lr", 1e-3),
+    ],
+)
+def test_no_word_lets_a_run_go_on_with_what_does_not_fit_its_checkpoints(short, tmp_path, key, value):
+    (tmp_path / "w.pt").write_bytes(b"some weights")
+    config = with_key(replace(short, out=tmp_path / "run"), "model.clip.pretrained", str(tmp_path / "w.pt"))
+    folder.begin(config)
+    with pytest.raises(ConfigError, match=rf"{key} was .* Its checkpoints do not fit that"):
+        folder.begin(with_key(config, key, value), changed=True, goes_on=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("checkpoint_every_n_steps", 50, False),
+        ("trainer.accelerator", "auto", False),
+        ("trainer.enable_progress_bar", False, False),
+        ("trainer.log_every_n_steps", 50, False),
+        ("trainer.profiler", "simple", False),
+        ("trainer.detect_anomaly", True, False),
+        ("data.num_workers", 3, False),
+        ("data.max_broken", 0.5, False),
+        ("data.eval_batch_size", 3, False),
+        ("data.window", 3, False),  # nothing is far away
+        ("data.batch_size", 3, True),
+        ("trainer.devices", 3, True),
+        ("trainer.num_nodes", 3, True),
+        ("trainer.strategy", "ddp", True),
+        ("trainer.accumulate_grad_batches", 3, True),
+    ],
+)
+def test_what_needs_no_word_to_be_another_and_is_told_where_batches_are_others(short, tmp_path, key, value, told):
+    folder.begin(replace(short, out=tmp_path))
+    changed = with_key(replace(short, out=tmp_path), key, value)
+    folder.begin(changed, goes_on=True)
+    assert run_config(tmp_path) == changed
+    assert (tmp_path / "changes.json").is_file() == told
+    if told:
+        assert list(json.loads((tmp_path / "changes.json").read_text())[0]) == [key]
+
+
+def test_each_change_of_a_run_is_noted_and_a_finished_one_is_not_cut_anew(short, tmp_path):
+    for size in (5, 6, 7):
+        folder.begin(with_key(replace(short, out=tmp_path), "data.batch_size", size), goes_on=True)
+    said = json.loads((tmp_path / "changes.json").read_text())
+    assert said == [{"data.batch_size": {"was": was, "is": was + 1}} for was in (5, 6)]
+    (tmp_path / "finished.json").write_text("{}")
+    folder.begin(with_key(replace(short, out=tmp_path), "data.batch_size", 8), goes_on=True)
+    assert run_config(tmp_path).data.batch_size == 7
+    assert json.loads((tmp_path / "changes.json").read_text()) == said
+    assert (tmp_path / "finished.json").is_file()
+
+
+def test_a_run_killed_while_it_writes_down_its_beginning_begins(short, tmp_path, monkeypatch):
+    config, write, written = replace(short, out=tmp_path), folder.write_text, []
+
+    def writes_one(path: Path, text: str) -> None:
+        if written:
+            raise ZeroDivisionError
+        write(path, text)
+        written.append(path)
+
+    monkeypatch.setattr(folder, "write_text", writes_one)
+    with pytest.raises(ZeroDivisionError):
+        folder.begin(config)
+    monkeypatch.undo()
+    folder.begin(config)
+    assert run_config(tmp_path) == config
+    folder.begin(config, goes_on=True)
+
+
+def test_a_run_that_goes_on_from_its_end_has_nothing_left_of_its_end(config, unbroken, tmp_path):
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    ends = ("interpolation.json", "report.html", "checkpoints/interpolated.ckpt")
+    for name in ends:
+        (run / name).write_text("of the end")
+    before = {str(path.relative_to(run)) for path in run.rglob("*")}
+    folder.begin(with_key(replace(config, out=run), "trainer.max_epochs", 3), changed=True, goes_on=True)
+    gone = before - {str(path.relative_to(run)) for path in run.rglob("*")}
+    assert gone == {*ends, "finished.json", "evaluation.json", "examples.json"}
+
+
+def test_nothing_is_left_of_a_run_that_is_forgotten(unbroken, tmp_path):
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    for name in ("changes.json", "interpolation.json", "report.html"):
+        (run / name).write_text("")
+    (run / "profile").mkdir()
+    folder.forget(run)
+    assert {path.name for path in run.iterdir()} <= {".lock"}
 
 
 def test_a_finished_run_may_be_made_longer(short, taken_up):
@@ -436,6 +559,55 @@ def test_a_run_goes_on_in_another_folder_from_the_path_of_a_checkpoint(short, br
             fit(replace(short, out=tmp_path / "empty"), ckpt_path=path)
     with pytest.raises(ConfigError, match="--restart begins anew; give one of the two"):
         fit(moved, restart=True, ckpt_path="last")
+
+
+@pytest.mark.parametrize("of_later_steps", [False, True])
+def test_with_a_checkpoint_of_another_run_its_best_comes_along_unless_it_is_of_later_steps(
+    unbroken, tmp_path, of_later_steps
+):
+    other, out = shutil.copytree(unbroken, tmp_path / "other"), tmp_path / "new"
+    (other / "changes.json").write_text("[]")
+    last, best = other / "checkpoints" / "last.ckpt", other / "checkpoints" / "best.ckpt"
+    os.utime(last, (1_000, 1_000))
+    os.utime(best, (1_001, 1_001) if of_later_steps else (1_000, 1_000))
+    out.mkdir()
+    assert folder.checkpoint_to_start_from(out, str(last)) == last
+    taken = {"inputs.json", "config.yaml", "before.json", "metrics.csv", "changes.json"}
+    assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == (
+        taken if of_later_steps else {*taken, "checkpoints/best.ckpt"}
+    )
+
+
+def test_a_damaged_checkpoint_of_another_run_takes_nothing_along(unbroken, tmp_path):
+    other, out = shutil.copytree(unbroken, tmp_path / "other"), tmp_path / "new"
+    last = other / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-100])
+    out.mkdir()
+    with pytest.raises(InputError, match=r"ckpt_path: .*last\.ckpt is damaged"):
+        folder.checkpoint_to_start_from(out, str(last))
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"])
+def test_only_the_first_rank_writes_into_the_folder_of_a_run(short, unbroken, tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    with folder.only_process(tmp_path):
+        folder.begin(replace(short, out=tmp_path))
+        last = unbroken / "checkpoints" / "last.ckpt"
+        assert folder.checkpoint_to_start_from(tmp_path, str(last)) == last
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv(name, "0")
+    folder.begin(replace(short, out=tmp_path))
+    assert (tmp_path / "config.yaml").is_file()
+
+
+def test_what_a_killed_run_was_writing_is_swept_away_by_the_next(tmp_path):
+    left = [tmp_path / ".metrics.csv.12.tmp", tmp_path / "checkpoints" / ".last.ckpt.12.tmp"]
+    left[1].parent.mkdir()
+    for path in left:
+        path.write_text("half")
+    with folder.only_process(tmp_path):
+        assert not any(path.exists() for path in left)
 
 
 def test_a_folder_that_is_no_run_is_left_alone(short, tmp_path):
@@ -701,6 +873,32 @@ def test_a_run_is_silent_but_for_its_own_lines(config, tmp_path, capfd):
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_checkpoint_before_the_last_is_kept_on_any_file_system(tmp_path, monkeypatch, links):
+    if not links:
+
+        def hardlink_to(*_) -> None:
+            raise PermissionError(1, "Operation not permitted")  # as FAT has it
+
+        monkeypatch.setattr(Path, "hardlink_to", hardlink_to)
+    for step in range(3):
+        AtomicCheckpointIO().save_checkpoint({"step": step}, tmp_path / "last.ckpt")
+    AtomicCheckpointIO().save_checkpoint({"step": 7}, tmp_path / "best.ckpt")
+    AtomicCheckpointIO().save_checkpoint({"step": 8}, tmp_path / "best.ckpt")
+    assert {path.name: loaded(path)["step"] for path in tmp_path.iterdir()} == {
+        "last.ckpt": 2,
+        "previous.ckpt": 1,
+        "best.ckpt": 8,
+    }
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_a_full_disk_is_told_with_the_file(size):
+    """Of a small file when it is closed; of a larger one while it is written, and then once more."""
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        write_checkpoint({"weight": torch.zeros(size)}, Path("/dev/full"))
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):

@@ -70,6 +70,7 @@ def test_the_estimate_leaves_the_model_and_the_random_state_alone(architectures)
     before = torch.get_rng_state()
     estimate_memory(module, 8, 1, "32-true")
     assert torch.equal(torch.get_rng_state(), before)
+    assert not any(each._forward_pre_hooks for each in module.modules())  # they would keep what passes by
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
 
 
@@ -100,6 +101,15 @@ def test_memory_is_weights_gradients_moments_activations_and_logits(architecture
     parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits)
     assert memory.total == sum(parts)
     assert estimate_memory(module, 10, 2, "bf16-true").weights * 2 == memory.weights
+    assert estimate_memory(module, 10, 2, "16-true").weights * 2 == memory.weights
+    assert estimate_memory(module, 10, 2, "64-true").weights == memory.weights * 2
+    assert estimate_memory(module, 10, 2, "bf16-mixed").optimizer == memory.optimizer  # what is cast is not kept so
+
+
+def test_statistics_that_are_no_parameters_are_in_the_weights_too(architectures):
+    module = module_of(architectures["tiny-resnet"])
+    kept = [*module.parameters(), *module.buffers()]
+    assert estimate_memory(module, 2, 1, "32-true").weights == 4 * sum(each.numel() for each in kept)
 
 
 # --- steps and groups ------------------------------------------------------------------------------------------------
@@ -128,6 +138,19 @@ def test_several_devices_share_an_epoch_and_the_contrast(tmp_path, dataset, arch
     made = make_plan(config, module, data, trainer)
     assert (made.devices, made.batches, made.steps) == (2, 3, 6)
     assert dict(rows(made))["batch"] == "8 pairs, on each of 2 devices; contrast over 16"
+    assert made.memory.logits == 4 * 8 * 16 * 4
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=1, num_nodes=4, max_epochs=2, logger=False, enable_checkpointing=False
+    )
+    made = make_plan(config, module, data, trainer)
+    assert (made.devices, made.batches, made.steps) == (4, 2, 4)
+
+
+def test_a_batch_is_no_larger_than_what_there_is(tmp_path, dataset, architectures):
+    data = DataConfig(dataset=dataset, batch_size=64, num_workers=0)
+    assert planned(tmp_path, dataset, architectures, data=data).batch == 40
+    assert planned(tmp_path, dataset, architectures, data=replace(data, replay=0.25)).batch == 48
+    assert planned(tmp_path, dataset, architectures, data=replace(data, replay=0.25, batch_size=44)).batch == 44
 
 
 def test_replay_and_warm_up_are_in_the_plan(tmp_path, dataset, architectures):
@@ -183,6 +206,7 @@ def test_very_many_groups_are_shown_as_a_few_that_keep_all_parameters():
 
 def test_sizes_are_in_words():
     assert [size(n) for n in (0, 999, 1_500, 606_600_000, 2.5e12)] == ["0 B", "999 B", "1.5 kB", "607 MB", "2.5 TB"]
+    assert [size(n) for n in (1_000, 999_499, 999_500, 999_999_999)] == ["1 kB", "999 kB", "1 MB", "1 GB"]
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -222,7 +246,7 @@ def test_on_a_terminal_the_plan_is_a_table(tmp_path, dataset, architectures):
 
 def test_the_recipe_for_the_size_is_named(tmp_path, dataset, architectures):
     made = planned(tmp_path, dataset, architectures)
-    for pairs, name in ((1_999, "few"), (2_000, "medium"), (200_000, "large")):
+    for pairs, name in ((1_999, "few"), (2_000, "medium"), (199_999, "medium"), (200_000, "large")):
         assert f"recipe for this size: {name}" in dict(rows(replace(made, pairs={"train": pairs})))["data"]
 
 

@@ -233,6 +233,16 @@ def test_each_source_is_drawn_its_exact_share_of_every_epoch_and_evenly_over_epo
         first += source.num_samples
 
 
+def test_sources_of_one_size_and_other_seeds_have_orders_of_their_own():
+    def halves(seed: int) -> list[list[int]]:
+        plan = Schedule(60, 0, 30, 0.0, seed, sources=(Passes(30, 0.5), Passes(30, 0.5)))
+        drawn = sorted(draw.row for draw in plan.batch(0, 0))
+        assert drawn == sorted(plan.rows(0).tolist())
+        return [[row for row in drawn if row < 30], [row - 30 for row in drawn if row >= 30]]
+
+    assert len({tuple(half) for half in (*halves(7), *halves(8))}) == 4
+
+
 def test_sources_of_weight_one_are_one_dataset():
     one, two = Schedule(30, 0, 8, 0.0, 7), Schedule(30, 0, 8, 0.0, 7, sources=(Passes(10), Passes(20)))
     assert [one.batch(2, n) for n in range(len(one))] == [two.batch(2, n) for n in range(len(two))]
@@ -325,6 +335,21 @@ def test_a_batch_says_what_was_drawn(clip, dataset, table):
     batch = data.train_dataloader().dataset.__getitems__([Draw(41, 9)]).batch
     said = drawn_caption(["green"], ["a photo of a {}.", "art of a {}."], (3, 9, 41))
     assert torch.equal(batch["tokens"], clip.tokenizer([said])[:, :8])  # of eight tokens; cut behind them
+
+
+def test_of_several_captions_each_sample_draws_its_own_and_by_the_seed(clip, tmp_path):
+    (tmp_path / "red").mkdir()
+    for number in range(30):
+        (tmp_path / "red" / f"{number}.png").write_bytes(tiny.picture("red", "circle", number))
+    source = SourceConfig(path=tmp_path, templates=["a {}.", "a photo of a {}."])
+    said = []
+    for seed in (3, 4):
+        data = WithClip(clip, DataConfig(sources=[source], num_workers=0))
+        data.seed = seed
+        batch = data.train_dataloader().dataset.__getitems__([Draw(row, 0) for row in range(30)]).batch
+        said.append((batch["tokens"] > 0).sum(1).tolist())
+        assert len(set(said[-1])) == 2
+    assert said[0] != said[1]
 
 
 def test_of_several_captions_each_epoch_draws_anew(clip, images):
