@@ -59,11 +59,11 @@ def own_signals(config: MeasureConfig) -> list[OwnSignal]:
     Raises:
         ConfigError: names the entry, and what is wrong with it.
     """
-    found = [_own_signal(number, entry) for number, entry in enumerate(config.signals, start=1)]
+    found = [_own_signal(number, entry) for number, entry in enumerate(config.signals)]
     taken = {name: group for group, columns in GROUPS.items() for name in columns}
-    for number, signal in enumerate(found, start=1):
+    for number, signal in enumerate(found):
         where = f"measure.signals[{number}] '{signal.name}'"
-        if signal.name in GROUPS or signal.name in [other.name for other in found[: number - 1]]:
+        if signal.name in GROUPS or signal.name in [other.name for other in found[:number]]:
             raise ConfigError(f"{where}: the name is taken; choose another")
         for column in signal.columns:
             if group := taken.get(column.lower()):

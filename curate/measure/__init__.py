@@ -129,7 +129,7 @@ def _check_columns(config: MeasureConfig) -> None:
     """
     from curate.expressions import RESERVED
 
-    for number, signal in enumerate(own_signals(config), start=1):
+    for number, signal in enumerate(own_signals(config)):
         if taken := next((column for column in signal.columns if column.lower() in RESERVED), None):
             where = f"measure.signals[{number}] '{signal.name}'"
             raise ConfigError(f"{where}: column '{taken}' is one of our own; choose another name")

@@ -81,6 +81,15 @@ def test_a_filter_that_is_none_is_told_with_its_file_and_line(
     assert (status, message) == (2, f"curate: {config}:{line}: {says}\n")
 
 
+def test_a_signal_that_is_wrong_is_told_with_its_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = tmp_path / "domain.yaml"
+    signals = [f"    - {{name: {name}, function: 'my:{name}', columns: {{{name}: DOUBL}}}}\n" for name in "ab"]
+    config.write_text("measure:\n  signals:\n" + "".join(signals))
+    status, message = failing(capsys, "build", "--config", str(config), "--urls", "x.txt")
+    assert status == 2
+    assert message.startswith(f"curate: {config}:3: measure.signals[0] 'a': column 'a': type 'DOUBL' is none of")
+
+
 def test_a_build_needs_a_list(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, message = failing(capsys, "build", "--out", str(tmp_path / "out"))
     assert status == 2

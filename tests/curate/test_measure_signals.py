@@ -163,18 +163,18 @@ def test_a_function_that_does_not_do_what_it_says_is_one_line(out, own, function
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ({"nam": "mine"}, "measure.signals[1]: no key 'nam'. Did you mean 'name'?"),
-        ({"name": "my own"}, "measure.signals[1]: needs a name"),
-        ({"function": "my_signals"}, "measure.signals[1] 'mine': needs the function's place"),
-        ({"columns": {}}, "measure.signals[1] 'mine': needs the columns"),
-        ({"columns": {"bright": "REAL8"}}, "measure.signals[1] 'mine': column 'bright': type 'REAL8' is none of"),
-        ({"columns": {"language": "VARCHAR"}}, "measure.signals[1] 'mine': column 'language' is one of text's"),
-        ({"columns": {"Language": "VARCHAR"}}, "measure.signals[1] 'mine': column 'Language' is one of text's"),
+        ({"nam": "mine"}, "measure.signals[0]: no key 'nam'. Did you mean 'name'?"),
+        ({"name": "my own"}, "measure.signals[0]: needs a name"),
+        ({"function": "my_signals"}, "measure.signals[0] 'mine': needs the function's place"),
+        ({"columns": {}}, "measure.signals[0] 'mine': needs the columns"),
+        ({"columns": {"bright": "REAL8"}}, "measure.signals[0] 'mine': column 'bright': type 'REAL8' is none of"),
+        ({"columns": {"language": "VARCHAR"}}, "measure.signals[0] 'mine': column 'language' is one of text's"),
+        ({"columns": {"Language": "VARCHAR"}}, "measure.signals[0] 'mine': column 'Language' is one of text's"),
         *(
-            ({"columns": {name: "DOUBLE"}}, f"measure.signals[1] 'mine': column '{name}' is one of our own; choose")
+            ({"columns": {name: "DOUBLE"}}, f"measure.signals[0] 'mine': column '{name}' is one of our own; choose")
             for name in ("width", "Width", "split", "duplicate_group", "key", "source_file")
         ),
-        ({"name": "clip"}, "measure.signals[1] 'clip': the name is taken"),
+        ({"name": "clip"}, "measure.signals[0] 'clip': the name is taken"),
     ],
 )
 def test_a_wrong_entry_is_told_by_its_place(out, own, entry, said):
