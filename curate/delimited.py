@@ -90,7 +90,8 @@ def _form(path: Path, delimiter: str) -> _Form:
     try:
         delimiter = _between(path, delimiter)
         with _text(path) as text:
-            blank, header = _header(csv.reader(text, delimiter=delimiter, skipinitialspace=True))
+            lines = _Lines(text)
+            blank, header = _header(csv.reader(lines, delimiter=delimiter, skipinitialspace=True), lines)
         return _Form(delimiter, tuple(_names(header)), blank, _seems_mixed(path) and _is_mixed(path, delimiter))
     except _RowError as found:
         raise InputError(f"{path}: {found}") from None
@@ -105,13 +106,17 @@ def _between(path: Path, delimiter: str) -> str:
     return "\t" if "\t" in header and delimiter not in header else delimiter
 
 
-def _header(rows: Iterator[list[str]]) -> tuple[int, list[str]]:
+def _header(rows: Iterator[list[str]], lines: _Lines) -> tuple[int, list[str]]:
     """How many blank lines there are above it, and its fields; none, in a file without any."""
+    ends: set[str] = set()
     for blank, fields in enumerate(rows):
         if fields:
-            if not all(map(_is_utf8, fields)):
+            if not lines.is_utf8:
                 raise _RowError(f"line {blank + 1} is not UTF-8")
+            if len(ends) > 1:  # DuckDB would count them otherwise, and pass over rows
+                raise _RowError(f"the blank lines above line {blank + 1} do not all end alike; remove them")
             return blank, fields
+        ends.add(lines.end)
     return 0, []
 
 
@@ -142,7 +147,7 @@ def _seems_mixed(path: Path) -> bool:
 
 
 def _is_mixed(path: Path, delimiter: str) -> bool:
-    """Whether rows end in different ways.
+    """Whether rows, or blank lines, end in different ways.
 
     Raises:
         _RowError: they do, and one does not fit.
@@ -159,7 +164,7 @@ def _is_mixed(path: Path, delimiter: str) -> bool:
 
 
 def _rows(path: Path, delimiter: str) -> Iterator[_Row]:
-    """The rows that are not blank, the header first, each with the line it begins at.
+    """The rows, each with the line it begins at: the header first, and blank lines wherever they are, without fields.
 
     Raises:
         _RowError: one does not fit.
@@ -181,10 +186,9 @@ def _rows(path: Path, delimiter: str) -> Iterator[_Row]:
                 return
             if not lines.is_utf8:
                 raise _RowError(f"line {rows.line_num} is not UTF-8")
-            if not fields:
-                continue
-            header = header or _Row(line, fields, lines.end)
-            _check(line, fields, header, delimiter)
+            if fields:
+                header = header or _Row(line, fields, lines.end)
+                _check(line, fields, header, delimiter)
             yield _Row(line, fields, lines.end)
 
 

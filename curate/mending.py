@@ -137,7 +137,7 @@ def _copy(path: Path, cache: Path, mended: Callable[[bytes], bytes], check: Call
         InputError: a packed file is broken.
     """
     seen = path.stat()
-    name = path.name.removesuffix(PACKED[0]).removesuffix(PACKED[1])
+    name = path.stem if path.suffix.lower() in PACKED else path.name
     copy = cache / f"{fingerprint(str(path.resolve()), seen.st_size, seen.st_mtime_ns)}-{name}"
     if copy.exists():
         return copy
@@ -152,7 +152,7 @@ def _copy(path: Path, cache: Path, mended: Callable[[bytes], bytes], check: Call
 
 def _write(path: Path, copy: Path, mended: Callable[[bytes], bytes], check: Callable[[_Broken], None]) -> None:
     count = lines = first = told = 0
-    size = path.stat().st_size * (_PACKED_SIZE if path.suffix in PACKED else 1)
+    size = path.stat().st_size * (_PACKED_SIZE if path.suffix.lower() in PACKED else 1)
     with (
         opened(path) as file,
         atomic(copy) as temporary,
@@ -161,8 +161,9 @@ def _write(path: Path, copy: Path, mended: Callable[[bytes], bytes], check: Call
     ):
         for line in iter(lambda: file.readline(LARGEST_TEXT_BYTES), b""):
             lines += 1
-            whole = mended(line)
-            if whole != line:
+            plain = line if lines > 1 else line.removeprefix(codecs.BOM_UTF8)
+            whole = mended(plain)
+            if whole != plain:
                 count, first = count + 1, first or lines
             sink.write(whole)
             if lines % _TOLD_EVERY == 0:

@@ -372,6 +372,18 @@ def test_lines_of_a_csv_may_end_in_any_way_and_differently(tmp_path, ends):
     ]
 
 
+@pytest.mark.parametrize("content", ["\n{}\r\n{}\r\n", "\r\n\r\n{}\n{}\n", "{}\r\n\n{}\r\n"])
+def test_blank_lines_of_a_csv_may_end_in_another_way_than_rows(tmp_path, content):
+    (tmp_path / "l.csv").write_bytes(content.format("url,caption", "http://a.test/1,x").encode())
+    assert run(tmp_path / "l.csv", tmp_path / "out").candidates == 1
+
+
+def test_blank_lines_of_many_ends_above_the_header_are_told(tmp_path):
+    (tmp_path / "l.csv").write_bytes(b"\n\r\nurl,caption\nhttp://a.test/1,x\n")
+    with pytest.raises(InputError, match=r"l\.csv: the blank lines above line 3 do not all end alike; remove them"):
+        run(tmp_path / "l.csv", tmp_path / "out")
+
+
 def test_mixed_line_ends_make_no_list_loose(tmp_path):
     (tmp_path / "l.csv").write_bytes(b'url,caption\r\nhttp://a.test/1,x\nhttp://a.test/2,"x" y\nhttp://a.test/3,x\n')
     with pytest.raises(InputError, match=r'l\.csv: line 3: a " that opens'):
@@ -423,12 +435,12 @@ BROKEN = (
 )
 
 
-@pytest.mark.parametrize("name", ["l.jsonl", "l.jsonl.gz"])
+@pytest.mark.parametrize("name", ["l.jsonl", "l.jsonl.gz", "L.JSONL.GZ"])
 def test_a_few_broken_json_lines_cost_no_other_row(tmp_path, caplog, name):
     lines = [json.dumps({"url": f"http://a.test/{n}", "caption": f"photo {n}"}).encode() + b"\n" for n in range(25_000)]
     lines[24_000:24_000] = BROKEN
     content = b"".join(lines)
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
     assert run(tmp_path / name, tmp_path / "out").dropped == {"empty_url": 3}
     assert {row["row"]: row["reason"] for row in drops(tmp_path / "out")} == dict.fromkeys(
         range(24_000, 24_003), "empty_url"
@@ -438,6 +450,13 @@ def test_a_few_broken_json_lines_cost_no_other_row(tmp_path, caplog, name):
     assert [read[24_000 + n]["caption"] for n in range(3)] == ["a \ufffd fox", "caf\ufffd", "photo 24000"]
     assert f"{name}: broken JSON: 5 of 25,005 lines, the first is line 24001" in caplog.text
     assert not run(tmp_path / name, tmp_path / "out").made
+
+
+def test_a_mark_of_the_byte_order_is_no_broken_json(tmp_path, caplog):
+    rows = [b'{"url": "http://a.test/%d", "caption": "x"}\n' % n for n in range(9)]
+    (tmp_path / "l.jsonl").write_bytes(b"\xef\xbb\xbf" + b"".join(rows) + b"{\n")
+    assert run(tmp_path / "l.jsonl", tmp_path / "out").candidates == 9
+    assert "broken JSON: 1 of 10 lines, the first is line 10" in caplog.text
 
 
 def test_many_broken_json_lines_are_another_form(tmp_path):
