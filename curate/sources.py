@@ -345,7 +345,7 @@ def _read_csv(metadata: Path, caption: str | None) -> pd.DataFrame:
     csv.field_size_limit(_LONGEST_FIELD)
     with metadata.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file)
-        header = next(lines, [])
+        header = next(filter(None, lines), [])
         for fields in lines:
             if len(fields) > len(header):
                 raise InputError(
@@ -366,6 +366,8 @@ def _with_urls(table: pa.Table, names: list[str]) -> pa.Table:
     number = next((number for number, name in enumerate(table.column_names) if name.lower() == "url"), None)
     if number is None:
         return table.append_column("url", files)
+    if pa.types.is_nested(table.column(number).type):
+        return table  # no text, which is told where the columns are chosen
     urls = table.column(number).cast(pa.string())
     is_blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(urls), ""), fill_value=True)
     return table.set_column(number, table.column_names[number], pc.if_else(is_blank, files, urls))

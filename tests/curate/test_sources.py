@@ -503,6 +503,20 @@ def test_a_comma_that_is_not_quoted_is_told_with_its_line(tmp_path, first):
         run(folder, tmp_path / "out")
 
 
+def test_a_metadata_file_may_begin_with_a_blank_line(tmp_path):
+    (tmp_path / "1.jpg").write_bytes(jpeg(1))
+    (tmp_path / "metadata.csv").write_text("\nfile_name,text\n1.jpg,a shoe\n")
+    run(tmp_path, tmp_path / "out")
+    assert [row["caption"] for row in planned(tmp_path / "out")] == ["a shoe"]
+
+
+def test_urls_of_a_metadata_file_that_are_no_texts_are_told(tmp_path):
+    (tmp_path / "1.jpg").write_bytes(jpeg(1))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.jpg", "text": "x", "url": ["http://a.test/1"]}\n')
+    with pytest.raises(InputError, match=r"column 'url' holds VARCHAR\[\], no text"):
+        run(tmp_path, tmp_path / "out")
+
+
 @pytest.mark.parametrize("column", ["text", "said"])
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_captions_of_a_metadata_file_are_texts(tmp_path, kind, column):
