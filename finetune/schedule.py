@@ -35,7 +35,7 @@ class Draw(NamedTuple):
 
 # Up to so many numbers a permutation is kept as an array; beyond, each place is calculated when it is asked for.
 KEPT = 1 << 20
-KEPT_BYTES = 256 << 20
+KEPT_BYTES, KEPT_MOST = 256 << 20, 4096
 _kept: dict[tuple[int, ...], np.ndarray] = {}
 _keeping = threading.Lock()  # a thread fetches ahead
 _ROUNDS = 8
@@ -58,12 +58,19 @@ def permutation(size: int, *seed: int) -> np.ndarray:
     """
     with _keeping:
         made = _kept.pop((size, *seed), None)
-        if made is None:
-            made = np.random.default_rng(seed).permutation(np.arange(size, dtype=np.uint32))
-        _kept[(size, *seed)] = made
-        while len(_kept) > 1 and sum(each.nbytes for each in _kept.values()) > KEPT_BYTES:
+        if made is not None:
+            _kept[(size, *seed)] = made
+            return made
+        made = np.random.default_rng(seed).permutation(np.arange(size, dtype=np.uint32))
+        # Here alone: each draw of a small source asks for its permutation.
+        while _kept and (len(_kept) == KEPT_MOST or made.nbytes + _num_bytes() > KEPT_BYTES):
             _kept.pop(next(iter(_kept)))
+        _kept[(size, *seed)] = made
     return made
+
+
+def _num_bytes() -> int:
+    return sum(each.nbytes for each in _kept.values())
 
 
 @lru_cache(maxsize=1024)

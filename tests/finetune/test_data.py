@@ -118,6 +118,23 @@ def test_of_the_orders_of_many_sources_none_is_made_twice_and_the_oldest_are_for
     assert permutation(100, 7, 0) is not orders[0]
 
 
+def test_the_orders_of_a_small_sources_many_turns_cost_each_draw_nothing(monkeypatch):
+    class Kept(dict):
+        looks = 0
+
+        def values(self):
+            self.looks += 1
+            return super().values()
+
+    monkeypatch.setattr(finetune.schedule, "_kept", kept := Kept())
+    monkeypatch.setattr(finetune.schedule, "KEPT_MOST", 50)
+    for turn in range(200):
+        for _ in range(10):
+            permutation(10, 7, turn)
+    assert len(kept) == 50
+    assert kept.looks <= 200
+
+
 def test_a_large_order_is_calculated_place_by_place_and_as_good_as_a_shuffled_one():
     size = KEPT + 12_345
     places = np.arange(size)
