@@ -284,7 +284,7 @@ def _tar_sample(sample: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def _json_object(text: str) -> dict[str, Any]:
     try:
         read = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return read if isinstance(read, dict) else {}
 

@@ -560,6 +560,15 @@ def test_files_whose_names_are_not_utf8_are_left_out_and_told(tmp_path, caplog):
     assert r"\udce9" in said
 
 
+def test_facts_in_a_tar_that_are_nested_too_deep_are_none(tmp_path):
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
+        add(tar, "a.jpg", jpeg(1))
+        add(tar, "a.json", b"[" * 100_000)
+    run(tmp_path / "tars", tmp_path / "out")
+    assert [(row["url"], row["caption"]) for row in planned(tmp_path / "out")] == [("0.tar/a.jpg", "")]
+
+
 def test_names_and_texts_in_tars_that_are_not_utf8_are_read(tmp_path):
     folder = tmp_path / "shards"
     folder.mkdir()
