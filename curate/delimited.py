@@ -48,7 +48,7 @@ def table(name: str, paths: Sequence[Path], delimiter: str) -> str:
         InputError: there is no header, or a file of mixed line ends has a row that does not fit.
     """
     tables = []
-    for form, run in groupby(paths, lambda path: _form(path, delimiter)):
+    for form, run in groupby(paths, lambda path: _form(_called(name, path, paths), path, delimiter)):
         if form.names:
             tables.append(_read_csv(form, list(run)))
     if not tables:
@@ -60,8 +60,13 @@ def fault(name: str, paths: Sequence[Path], delimiter: str) -> str | None:
     """The first row that does not fit: the file, the line and what is wrong; None, if none is seen."""
     for path in paths:
         if found := _fault(path, delimiter):
-            return f"{name if len(paths) == 1 else path}: {found}"
+            return f"{_called(name, path, paths)}: {found}"
     return None
+
+
+def _called(name: str, path: Path, paths: Sequence[Path]) -> str:
+    """What the user calls a file of a list: the one that is read may be a copy."""
+    return name if len(paths) == 1 else str(path)
 
 
 def _fault(path: Path, delimiter: str) -> str | None:
@@ -86,7 +91,7 @@ def _read_csv(form: _Form, paths: Sequence[Path]) -> str:
     )
 
 
-def _form(path: Path, delimiter: str) -> _Form:
+def _form(name: str, path: Path, delimiter: str) -> _Form:
     try:
         delimiter = _between(path, delimiter)
         with _text(path) as text:
@@ -94,9 +99,9 @@ def _form(path: Path, delimiter: str) -> _Form:
             blank, header = _header(csv.reader(lines, delimiter=delimiter, skipinitialspace=True), lines)
         return _Form(delimiter, tuple(_names(header)), blank, _seems_mixed(path) and _is_mixed(path, delimiter))
     except _RowError as found:
-        raise InputError(f"{path}: {found}") from None
+        raise InputError(f"{name}: {found}") from None
     except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{name}: cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _between(path: Path, delimiter: str) -> str:

@@ -392,6 +392,14 @@ def test_mixed_line_ends_make_no_list_loose(tmp_path):
     assert run(tmp_path / "l.txt", tmp_path / "txt").candidates == 3
 
 
+def test_a_row_of_a_mended_csv_is_told_with_the_users_file(tmp_path):
+    rows = [b"url,caption\r\n", b"http://a.test/1,caf\xe9\n", b"http://a.test/2,x\r\n", b"http://a.test/3,x,y\n"]
+    (tmp_path / "l.csv").write_bytes(b"".join(rows))
+    with pytest.raises(InputError) as error:
+        run(tmp_path / "l.csv", tmp_path / "out")
+    assert str(error.value).startswith(f"{tmp_path / 'l.csv'}: line 4 has 3 fields")
+
+
 def test_a_csv_with_tabs_is_read_as_what_it_is(tmp_path):
     """open_clip_train's own form."""
     (tmp_path / "l.csv").write_text("url\tcaption\nhttp://a.test/1\tred, green\nhttp://a.test/2\tblue\n")
