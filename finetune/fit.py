@@ -108,8 +108,7 @@ def fit(
         # Another rank may see what rank 0 is just forgetting.
         is_forgotten = restart and not is_first_process()
         start = None if is_forgotten else checkpoint_to_start_from(config.out, ckpt_path)
-        begin(config, changed=changed, goes_on=start is not None)
-        if (config.out / "finished.json").is_file() and not is_forgotten:
+        if not is_forgotten and begin(config, changed=changed, goes_on=start is not None):
             logger.info("%s: finished already; nothing to do", config.out)
             return _result(config.out, finished_before=True)
         try:

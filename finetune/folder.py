@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -162,35 +162,45 @@ def _take_along(other: Path, out: Path) -> None:
             shutil.copy(other / name, out / name)
 
 
-def begin(config: FitConfig, *, changed: bool = False, goes_on: bool = False) -> None:
-    """Write down what this run is made of, or check that it is what an earlier call wrote.
+def begin(config: FitConfig, *, changed: bool = False, goes_on: bool = False) -> bool:
+    """Write down what this run is made of, or check that it is what an earlier call wrote; whether it is finished.
 
     An earlier call that trained nothing, because its dataset was wrong, say, is forgotten.
     """
     written = _plain(asdict(config))
     inputs = _inputs(config)
-    path = config.out / "config.yaml"
+    path, finished = config.out / "config.yaml", config.out / "finished.json"
     if not is_first_process():
-        return
-    finished = config.out / "finished.json"
+        # Looked at again: rank 0 may be about to go on, and removes it before it writes down with what.
+        return finished.is_file() and _stays_finished(_compared(path, written, inputs)[1]) and finished.is_file()
     if not goes_on and not finished.is_file():
         forget(config.out)
     if path.is_file():
-        before = _plain(asdict(read_config(path, FitConfig)))  # keys that it does not know yet have their defaults
-        differ = _differences(_flat(before), _flat(written))
-        differ |= _differences(json.loads(path.with_name("inputs.json").read_text()), inputs)
-        if finished.is_file() and differ and differ.keys() <= set(RECUT):
-            return
+        before, differ = _compared(path, written, inputs)
+        if finished.is_file() and differ and _stays_finished(differ):
+            return True
         if not differ:
             if before != written:  # the dataset lies elsewhere now, say
                 write_text(path, yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
-            return
+            return finished.is_file()
         _check_may_differ(config.out, differ, changed=changed)
         if finished.is_file():
             _unfinish(config.out)
         _note_changes(config.out / "changes.json", differ)
     write_text(path.with_name("inputs.json"), json.dumps(inputs, indent=1))
     write_text(path, yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
+    return finished.is_file()
+
+
+def _compared(path: Path, written: dict[str, Any], inputs: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configuration of the earlier call, and what differs from it."""
+    before = _plain(asdict(read_config(path, FitConfig)))  # keys that it does not know yet have their defaults
+    was = json.loads(path.with_name("inputs.json").read_text())
+    return before, _differences(_flat(before), _flat(written)) | _differences(was, inputs)
+
+
+def _stays_finished(differ: Collection[str]) -> bool:
+    return set(differ) <= set(RECUT)
 
 
 def _inputs(config: FitConfig) -> dict[str, str]:

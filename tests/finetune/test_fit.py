@@ -688,6 +688,16 @@ def test_another_rank_does_not_look_at_what_rank_0_is_about_to_forget(config, un
     assert (unbroken / "finished.json").is_file()  # which is rank 0's to remove
 
 
+@pytest.mark.parametrize(("epochs", "started"), [(2, []), (3, ["last.ckpt"])])
+def test_another_rank_goes_on_with_a_finished_run_if_rank_0_is_about_to(config, unbroken, monkeypatch, epochs, started):
+    went_on: list[str] = []
+    monkeypatch.setattr("finetune.fit._run", lambda _, start, **__: went_on.append(start.name))
+    monkeypatch.setenv("RANK", "1")
+    fit(replace(config, out=unbroken, trainer=replace(config.trainer, max_epochs=epochs)), changed=True)
+    assert went_on == started
+    assert (unbroken / "finished.json").is_file()
+
+
 def test_validations_are_so_many_steps_apart_however_many_batches_a_step_has(short, tmp_path):
     trainer = replace(short.trainer, max_epochs=1, accumulate_grad_batches=2, val_check_interval=2, log_every_n_steps=1)
     run = replace(short, out=tmp_path / "run", trainer=trainer)
