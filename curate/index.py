@@ -307,6 +307,7 @@ class Facts:
         self._reader = reader
         names = ("tar", "image_offset", "image_size", "key", "captions", "duplicate_group")
         self._columns = {name: index.table[name] for name in names}
+        self._has_texts_in_tars = self._columns["captions"].null_count > 0
 
     def _value(self, name: str, row: int) -> Any:
         return self._columns[name][row].as_py()
@@ -316,42 +317,65 @@ class Facts:
         return self._value("tar", row), self._value("image_offset", row), self._value("image_size", row)
 
     def key(self, row: int) -> str:
-        """The sample's id."""
+        """The sample's id; where the tar is damaged there, the place of its image."""
         key = self._value("key", row)
         if key is None:
             tar, offset, _ = self.place(row)
-            head = tarfile.TarInfo.frombuf(self._reader.read(tar, offset - 512, 512), "utf-8", "surrogateescape")
+            try:
+                head = tarfile.TarInfo.frombuf(self._reader.read(tar, offset - 512, 512), "utf-8", "surrogateescape")
+            except tarfile.TarError:
+                return f"at byte {offset:,}"
             key = head.name.partition(".")[0]
         return str(key)
 
+    def check(self, row: int) -> None:
+        """Read what lies in the tar beside the image, if anything has to be read there.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        if self._has_texts_in_tars and self._value("captions", row) is None:
+            self._behind(row)
+
     def captions(self, row: int) -> list[str]:
-        """What is said of it."""
+        """What is said of it.
+
+        Raises:
+            InputError: it is damaged.
+        """
         captions = self._value("captions", row)
         if captions is None:
             caption, _ = self._behind(row)
-            text = caption.decode("utf-8", "surrogatepass")
-            captions = [text] if text.strip() else []
+            captions = [caption] if caption.strip() else []
         return list(captions)
 
     def group(self, row: int) -> str | None:
-        """The duplicates that it belongs to, in all datasets."""
+        """The duplicates that it belongs to, in all datasets.
+
+        Raises:
+            InputError: it is damaged.
+        """
         if self._value("captions", row) is None:
-            group = json.loads(self._behind(row)[1]).get("duplicate_group")
+            group = self._behind(row)[1].get("duplicate_group")
             return None if group is None else f"{self._reader.tars[self._value('tar', row)].parent}:{group}"
         group = self._value("duplicate_group", row)
         return None if group is None else str(group)
 
-    def _behind(self, row: int) -> list[bytes]:
+    def _behind(self, row: int) -> tuple[str, dict[str, Any]]:
         """The two members behind an image: its caption and its facts."""
         tar, offset, size = self.place(row)
         members = []
-        for _ in range(2):
-            offset += size + -size % tarfile.BLOCKSIZE
-            head = self._reader.read(tar, offset, tarfile.BLOCKSIZE)
-            size = tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape").size
-            offset += tarfile.BLOCKSIZE
-            members.append(self._reader.read(tar, offset, size))
-        return members
+        try:
+            for _ in range(2):
+                offset += size + -size % tarfile.BLOCKSIZE
+                head = self._reader.read(tar, offset, tarfile.BLOCKSIZE)
+                size = tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape").size
+                offset += tarfile.BLOCKSIZE
+                members.append(self._reader.read(tar, offset, size))
+            caption, facts = members[0].decode("utf-8", "surrogatepass"), json.loads(members[1])
+        except (tarfile.TarError, ValueError, RecursionError) as error:
+            raise InputError(f"{self._reader.tars[tar]}: the text at byte {offset:,} is damaged ({error})") from error
+        return caption, facts if isinstance(facts, dict) else {}
 
 
 def iter_images(index: SampleIndex) -> Iterable[tuple[str, str, bytes]]:

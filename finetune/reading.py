@@ -178,7 +178,10 @@ class PairDataset(Dataset[Read]):
         if self.cached and self.keeps("image"):
             embeddings, ids = self.cached.read([draw.row for draw in draws])
             room.copy_(embeddings)
-            return [self._broken(draw) if id_ == UNREAD else id_ for draw, id_ in zip(draws, ids, strict=True)]
+            return [
+                self._damaged(draw) or (self._broken(draw) if id_ == UNREAD else id_)
+                for draw, id_ in zip(draws, ids, strict=True)
+            ]
         # All are opened before the first is decoded: in turn, the decoder and Python would drive each other's code and
         # tables out of the processor's caches, which takes a twentieth of the decoder's time.
         contents = [self._content(draw) for draw in draws]
@@ -187,9 +190,17 @@ class PairDataset(Dataset[Read]):
 
     def _content(self, draw: Draw) -> bytes | Broken:
         try:
-            return self.reader.read(*self._facts.place(draw.row))
+            return self._damaged(draw) or self.reader.read(*self._facts.place(draw.row))
         except (OSError, InputError) as error:
             return self._broken(draw, error)
+
+    def _damaged(self, draw: Draw) -> Broken | None:
+        """That what is said of it cannot be read, if it lies in its tar and cannot."""
+        try:
+            self._facts.check(draw.row)
+        except (OSError, InputError) as error:
+            return Broken(draw.row, str(error))
+        return None
 
     def _prepared(self, draw: Draw, content: bytes | Broken) -> tuple[Pixels, int] | Broken:
         """What writes its pixels, and the id of its image."""

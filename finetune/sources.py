@@ -179,7 +179,7 @@ def caption_lengths(found: TrainingSet, tokenizer: Callable[..., Tensor], seed: 
     texts = [
         text
         for row in rows
-        for caption in facts.captions(row)
+        for caption in _said(facts, row)
         for text in _phrased(caption, found.templates[sources[row].as_py()])
     ]
     empty_L = tokenizer([""])[0]
@@ -208,6 +208,14 @@ def _counted_among(index: SampleIndex) -> Sequence[int]:
         return range(len(index))
     counted: Sequence[int] = pc.indices_nonzero(pc.or_(pc.invert(unread), pc.equal(tars, tars[first]))).to_pylist()
     return counted
+
+
+def _said(facts: Facts, row: int) -> list[str]:
+    """Its captions; none, where they are damaged, which costs the sample when it is trained on."""
+    try:
+        return facts.captions(row)
+    except InputError:
+        return []
 
 
 def _phrased(caption: str, templates: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import tarfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -634,6 +635,37 @@ def test_a_stand_in_is_of_the_same_source(clip, damaged, tmp_path):
     rows = [row for _ in range(2) for batch in lossy(clip, damaged, sources=sources) for row in batch["row"].tolist()]
     assert rows.count(40) == 4
     assert 41 not in rows
+
+
+def test_damage_in_the_text_of_a_very_large_dataset_costs_its_samples_alone(clip, tmp_path, monkeypatch, caplog):
+    """Their captions stay in the tars, where a disk may have lost a block."""
+    monkeypatch.setattr("curate.index.MANY_SAMPLES", 3)
+    schema = pa.schema([("key", pa.string()), ("caption", pa.string())])
+    with ShardWriter(tmp_path / "shards" / "train-00000", schema, made_from="test") as shard:
+        for number in range(40):
+            shard.add({"key": f"k{number}", "caption": f"picture {number}"}, jpeg(number), "jpg")
+    tar = tmp_path / "shards" / "train-00000.tar"
+    with tarfile.open(tar) as members:
+        at = {member.name: member for member in members}
+    content = bytearray(tar.read_bytes())
+    content[at["k5.txt"].offset : at["k5.txt"].offset_data] = bytes(512)
+    content[at["k9.json"].offset_data] = 0
+    content[at["k12.txt"].offset_data] = 0xFF
+    # The image, too, and the header that has the key.
+    content[at["k20.jpg"].offset : at["k20.jpg"].offset_data + 100] = bytes(612)
+    tar.write_bytes(content)
+    loader = lossy(clip, tmp_path, max_broken=0.1)
+    read = batches(loader)
+    rows = [row for batch in read for row in batch["row"].tolist()]
+    assert len(rows) == 40
+    assert set(rows) <= set(range(40)) - {5, 9, 12, 20}
+    for batch in read:
+        said = clip.tokenizer([f"picture {row}" for row in batch["row"].tolist()])
+        assert torch.equal(batch["tokens"], said[:, : batch["tokens"].shape[1]])
+    told = sorted(record.getMessage() for record in caplog.records if "stands in" in record.getMessage())
+    assert len(told) == 4
+    assert sum(f"{tar}: the text at byte" in line and "is damaged" in line for line in told) == 3
+    assert f"{tar}: sample at byte {at['k20.jpg'].offset_data:,}: the image cannot be decoded" in told[0]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
