@@ -189,7 +189,8 @@ def _check_trainer(config: TrainerConfig) -> None:
             f"trainer.limit_val_batches: expected batches (a whole number) or a share (0.0 to 1.0), "
             f"got {config.limit_val_batches}"
         )
-    if config.max_time is not None and not re.fullmatch(r"\d+:\d{2}:\d{2}:\d{2}", config.max_time):
+    written = r"(?=.*[1-9])\d+:\d{2}:\d{2}:\d{2}"  # any time but none
+    if config.max_time is not None and not re.fullmatch(written, config.max_time):
         raise ConfigError(f"trainer.max_time: expected DAYS:HH:MM:SS, such as 00:11:30:00, got '{config.max_time}'")
 
 

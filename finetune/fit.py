@@ -151,6 +151,8 @@ def _run(config: FitConfig, start: Path | None, *, anew: bool, profile: bool = F
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
     if trainer.is_global_zero:
+        if trainer.global_step < (steps := module.total_steps()):
+            logger.warning("%s: trainer.max_time ended it after %d of %d steps", config.out, trainer.global_step, steps)
         write_text(config.out / "finished.json", json.dumps({"steps": trainer.global_step}))
     return _result(config.out, resumed=resumed)
 

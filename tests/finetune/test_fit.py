@@ -505,6 +505,13 @@ def test_nothing_is_left_of_a_run_that_is_forgotten(unbroken, tmp_path):
     assert {path.name for path in run.iterdir()} <= {".lock"}
 
 
+def test_a_run_that_max_time_ends_says_so(short, tmp_path, caplog):
+    trainer = replace(short.trainer, max_time="00:00:00:01", max_epochs=10_000, check_val_every_n_epoch=10_000)
+    fit(replace(short, out=tmp_path / "run", trainer=trainer, checkpoint_every_n_steps=10_000))
+    made = json.loads((tmp_path / "run" / "finished.json").read_text())["steps"]
+    assert f"max_time ended it after {made} of 80000 steps" in caplog.text
+
+
 def test_a_finished_run_may_be_made_longer(short, taken_up):
     once = replace(short, out=taken_up, trainer=replace(short.trainer, max_epochs=1))
     fit(once, changed=True)

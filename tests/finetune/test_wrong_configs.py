@@ -196,6 +196,7 @@ BOUNDS = [
     case("trainer.val_check_interval", 1.5, "trainer.val_check_interval: expected "),
     case("trainer.val_check_interval", 0, "trainer.val_check_interval: expected "),
     case("trainer.max_time", "two hours", "trainer.max_time: expected DAYS:HH:MM:SS"),
+    case("trainer.max_time", "00:00:00:00", "trainer.max_time: expected DAYS:HH:MM:SS"),
     case("trainer.accelerator", "gpus", "trainer.accelerator: expected ", "Did you mean 'gpu'?"),
     case("trainer.strategy", "dpp", "trainer.strategy: expected "),
     case("model.optimizer.ema", 1.0, "model.optimizer.ema: expected above 0 to below 1"),
