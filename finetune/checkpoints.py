@@ -59,7 +59,8 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         with path.open("wb") as file:
             torch.save(checkpoint, file)
     except (RuntimeError, OSError) as error:
-        if isinstance(failed := error if isinstance(error, OSError) else error.__context__, OSError):
+        failed = error if isinstance(error, OSError) else error.__context__
+        if isinstance(failed, OSError):
             raise OSError(failed.errno, failed.strerror, str(path)) from None
         raise
 

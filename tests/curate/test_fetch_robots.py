@@ -3,7 +3,6 @@
 import asyncio
 import multiprocessing
 import os
-import resource
 import signal
 import socket
 import sqlite3
@@ -19,6 +18,7 @@ from curate.fetch.robots import MOST_BYTES, Robots, rules_for_us, text_of
 from curate.fetch.transfer import Page, Transfer, open_session
 from curate.ledger import Reason
 from tests.curate.fetching import fetch_here, impatient, jpeg, patient
+from tests.disk import disk_that_ends_at
 from tests.webserver import (
     WebServer,
     after,
@@ -342,14 +342,8 @@ def test_robots_are_not_read_where_the_user_says_so(server, tmp_path):
 
 
 def test_a_full_disk_is_one_line(tmp_path):
-    """The limit on the size of a file is a disk that ends there."""
-    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, most))
-    try:
-        with pytest.raises(sqlite3.OperationalError) as full:
-            prepare(tmp_path / "robots.sqlite")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    with disk_that_ends_at(5_000), pytest.raises(sqlite3.OperationalError) as full:
+        prepare(tmp_path / "robots.sqlite")
     assert isinstance(said := told(full.value), UnwritableDisk)
     assert str(said).startswith("robots.sqlite: disk I/O error; is the disk full? ")
     assert told(sqlite3.OperationalError("no such table: origins")) is None

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from curate.options import in_words, read_config
 from finetune.cli import HELP, main
 from finetune.config import AdapterConfig, FitConfig
 from finetune.tables import change_table, figures_table
+from tests.disk import disk_that_ends_at
 from tests.finetune import tiny
 from tests.finetune.fitted import fit_tiny
 
@@ -247,14 +247,10 @@ def test_where_nothing_can_be_written_is_told_before_the_work(arguments, kind, d
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_continues(config, tmp_path, capsys):
-    """The limit on the size of a file is a disk that ends there: in the middle of a checkpoint."""
+    """In the middle of a checkpoint."""
     again = ["fit", "--config", str(config.out / "config.yaml"), "--out", str(tmp_path / "run")]
-    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
-    try:
+    with disk_that_ends_at(100_000):
         assert main(again) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     told = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(
         r"finetune: File too large \(.*\.ckpt.*\); what is done is kept, the same command continues", told

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from finetune.cli import main
 from finetune.config import AdapterConfig
 from finetune.export import check, check_export, export, write_open_clip, write_transformers
 from finetune.runs import checkpoint_of, load_module, load_trained_clip
+from tests.disk import disk_that_ends_at
 from tests.finetune.fitted import fit_tiny
 from tests.finetune.tiny import TEXT
 
@@ -236,12 +236,8 @@ def adapted(tmp_path_factory, dataset, architectures):
 @pytest.mark.parametrize("form", ["open_clip", "transformers", "adapter", "onnx"])
 def test_a_full_disk_in_an_export_is_one_line_and_the_same_command_continues(adapted, tmp_path, capsys, form):
     words = ["export", "--run", str(adapted), "--out", str(tmp_path / "clip"), "--to", form]
-    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, most))
-    try:
+    with disk_that_ends_at(2_000):
         assert main(words) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     told = capsys.readouterr().err.splitlines()[-1]
     assert told == "finetune: File too large; what is done is kept, the same command continues"
     assert not list(tmp_path.rglob("*.safetensors"))
