@@ -18,7 +18,8 @@ from curate.database import files, literal
 from curate.errors import InputError
 
 LARGEST_TEXT_BYTES = 8 << 20
-_PACKED = {".gz": "gzip", ".zst": "zstd"}
+PACKED = {".gz": "gzip", ".zst": "zstd"}
+_UNPACKED = 6  # times the size of a packed file, about
 _BLOCK_BYTES = 1 << 20
 
 
@@ -245,8 +246,13 @@ def _text(path: Path) -> Iterator[io.TextIOWrapper]:
         yield text
 
 
+def unpacked_size(path: Path) -> int:
+    """Bytes of a text file; of a packed one a guess, which is the same each time."""
+    return path.stat().st_size * (_UNPACKED if path.suffix.lower() in PACKED else 1)
+
+
 def opened(path: Path) -> io.BufferedReader:
     """The bytes of a text file, unpacked if its name says that they are packed."""
     import pyarrow as pa
 
-    return io.BufferedReader(pa.input_stream(str(path), compression=_PACKED.get(path.suffix.lower())), _BLOCK_BYTES)
+    return io.BufferedReader(pa.input_stream(str(path), compression=PACKED.get(path.suffix.lower())), _BLOCK_BYTES)

@@ -18,7 +18,7 @@ import duckdb
 
 from curate.config import PlanConfig
 from curate.database import column_types, files, literal, quoted
-from curate.delimited import LARGEST_TEXT_BYTES, fault, table
+from curate.delimited import LARGEST_TEXT_BYTES, PACKED, fault, table
 from curate.errors import ConfigError, InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ _NESTED = ("STRUCT", "MAP", "UNION")
 # DuckDB guesses these from text in JSON and spells them its own way: "2020-1-5" would become "2020-01-05". It guesses
 # JSON where a column holds texts and something else, and then each text would keep its quotes and backslashes.
 _GUESSED_FROM_TEXT = frozenset(("DATE", "TIME", "TIMESTAMP", "TIMESTAMP WITH TIME ZONE", "UUID", "JSON"))
-PACKED = (".gz", ".zst")
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 # To unite columns by name DuckDB holds all files open, and a process may hold 1,024. So many parts are of one make.
 _MOST_UNITED = 400
@@ -145,9 +144,9 @@ def list_of(urls: str, found: Sequence[Path]) -> ListFiles:
 
 def kind_of(file: Path) -> str:
     """Which of KINDS a file is by its name; nothing, if it is no list."""
-    suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() not in (".gz", ".zst")]
+    suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() not in PACKED]
     kind = KINDS.get(suffixes[-1], "") if suffixes else ""
-    return "" if kind == "parquet" and file.suffix.lower() in (".gz", ".zst") else kind
+    return "" if kind == "parquet" and file.suffix.lower() in PACKED else kind
 
 
 def reader(db: duckdb.DuckDBPyConnection, source: ListFiles) -> str:

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from curate.delimited import LARGEST_TEXT_BYTES, opened
+from curate.delimited import LARGEST_TEXT_BYTES, PACKED, opened, unpacked_size
 from curate.errors import InputError
 from curate.files import atomic, fingerprint
-from curate.lists import PACKED, ListFiles
+from curate.lists import ListFiles
 from curate.progress import progress
 
 logger = logging.getLogger("cliptailor")
@@ -25,7 +25,6 @@ logger = logging.getLogger("cliptailor")
 _FEW, _SMALL_SHARE = 10, 0.01
 _BLOCK_BYTES = 1 << 20
 _TOLD_EVERY = 50_000
-_PACKED_SIZE = 6  # times that of the packed file, for the progress bar
 _HALF = re.compile("[\ud800-\udfff]")
 
 
@@ -152,12 +151,11 @@ def _copy(path: Path, cache: Path, mended: Callable[[bytes], bytes], check: Call
 
 def _write(path: Path, copy: Path, mended: Callable[[bytes], bytes], check: Callable[[_Broken], None]) -> None:
     count = lines = first = told = 0
-    size = path.stat().st_size * (_PACKED_SIZE if path.suffix.lower() in PACKED else 1)
     with (
         opened(path) as file,
         atomic(copy) as temporary,
         temporary.open("wb") as sink,
-        progress(f"mend {path.name}", size) as advance,
+        progress(f"mend {path.name}", unpacked_size(path)) as advance,
     ):
         for line in iter(lambda: file.readline(LARGEST_TEXT_BYTES), b""):
             lines += 1

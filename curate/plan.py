@@ -28,6 +28,7 @@ import duckdb
 from curate.buckets import Buckets, bucket_of
 from curate.config import PlanConfig
 from curate.database import SPILL, arrow_table, column_types, connect, files, parts, quoted
+from curate.delimited import unpacked_size
 from curate.errors import InputError
 from curate.expressions import (
     FETCH_COLUMNS,
@@ -42,7 +43,7 @@ from curate.expressions import (
 )
 from curate.files import digest, file_sha256, fingerprint, sweep, write_batches, write_parquet, write_text
 from curate.filters import Step, Where
-from curate.lists import PACKED, ListColumns, ListFiles, choose_columns, readable_list, reader
+from curate.lists import ListColumns, ListFiles, choose_columns, readable_list, reader
 from curate.mending import in_json_lines, in_utf8
 from curate.progress import progress
 from curate.shards import PLACE, shard_name
@@ -237,7 +238,7 @@ def _num_rows(source: ListFiles) -> int:
         import pyarrow.parquet as pq
 
         return sum(pq.read_metadata(path).num_rows for path in source.paths)
-    return sum(path.stat().st_size * (6 if path.suffix in PACKED else 1) for path in source.paths) // 150
+    return sum(map(unpacked_size, source.paths)) // 150
 
 
 def _file_number(column: str = "filename") -> str:
